@@ -1,0 +1,1 @@
+"""Entropy instruments: diagnostics, the law, controllers."""

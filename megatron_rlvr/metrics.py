@@ -1,0 +1,93 @@
+"""Metrics that carry their reduction, so that ranks and micro-batches merge without guessing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Weighted mean, kept as sum and weight (fp64)."""
+
+    total: float
+    weight: float
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Plain sum."""
+
+    total: float
+
+    def merge(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total)
+
+    @property
+    def value(self) -> float:
+        return self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """Largest value seen."""
+
+    largest: float
+
+    def merge(self, other: Max) -> Max:
+        return Max(max(self.largest, other.largest))
+
+    @property
+    def value(self) -> float:
+        return self.largest
+
+
+@dataclass(frozen=True, slots=True)
+class Min:
+    """Smallest value seen."""
+
+    smallest: float
+
+    def merge(self, other: Min) -> Min:
+        return Min(min(self.smallest, other.smallest))
+
+    @property
+    def value(self) -> float:
+        return self.smallest
+
+
+Metric = Mean | Sum | Max | Min
+
+
+def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Merges metric dictionaries key by key.
+
+    Raises:
+        ValueError: one key with two different reductions.
+    """
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for key, metric in part.items():
+            present = merged.get(key)
+            if present is None:
+                merged[key] = metric
+            elif type(present) is type(metric):
+                merged[key] = present.merge(metric)  # type: ignore[arg-type]
+            else:
+                raise ValueError(
+                    f"metric {key!r} must have one reduction, got {type(present).__name__} and {type(metric).__name__}"
+                )
+    return merged
+
+
+def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Plain numbers of a metric dictionary."""
+    return {key: metric.value for key, metric in metrics.items()}

@@ -1,0 +1,1 @@
+"""The policy on Megatron-Core. The only package that imports megatron."""

@@ -1,0 +1,1 @@
+"""Live view, metric sinks and the HTML report."""

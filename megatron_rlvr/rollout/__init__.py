@@ -1,0 +1,1 @@
+"""Rollouts from SGLang. The only package that imports or launches sglang."""

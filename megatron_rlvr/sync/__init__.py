@@ -1,0 +1,1 @@
+"""Weight transfer from trainer to servers. Knows neither Megatron nor SGLang."""

@@ -1,0 +1,75 @@
+"""What weight transfer needs from the two sides, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorMeta:
+    """Name, dtype and shape of one Hugging Face tensor inside a bucket."""
+
+    name: str
+    dtype: str
+    """Torch name without the prefix, e.g. ``bfloat16``."""
+    shape: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """One inference server that can take new weights. All calls block and carry a deadline.
+
+    Every call raises `EngineError` with the server's own message when it fails.
+    """
+
+    url: str
+    num_ranks: int
+    """Engine ranks that join a weight-update group (TP x DP of the server)."""
+
+    def pause(self, mode: str) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def begin_update(self) -> None:
+        """Opens a weight update where the server's version wants that, else does nothing."""
+        ...
+
+    def end_update(self) -> None: ...
+
+    def init_group(
+        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None: ...
+
+    def destroy_group(self, group_name: str) -> None: ...
+
+    def update_from_distributed(
+        self, metas: Sequence[TensorMeta], *, group_name: str, weight_version: int | None
+    ) -> None:
+        """Receives one flattened bucket (uint8 concatenation in the order of ``metas``) from the group's rank 0."""
+        ...
+
+    def update_from_disk(self, path: str, *, weight_version: int) -> None: ...
+
+    def set_weight_version(self, version: int) -> None: ...
+
+    def weight_version(self) -> str: ...
+
+    def flush_cache(self) -> None: ...
+
+
+class EngineError(RuntimeError):
+    """A server refused, failed or did not answer in time."""
+
+
+class TensorSource(Protocol):
+    """Trainer side: whole Hugging Face tensors, gathered collectively from TP shards, in a fixed order.
+
+    Every rank of a pipeline stage iterates; tensors are yielded on all its tensor-parallel ranks, in the
+    sync dtype.
+    """
+
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]: ...

@@ -1,0 +1,1 @@
+"""The main loop, the step and evaluation."""
