@@ -122,6 +122,20 @@ class RolloutBatch:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvalBatch:
+    """Answers to the held-out problems, one group a problem, in the fixed order of the validation set."""
+
+    groups: list[RolloutGroup]
+    metrics: dict[str, float]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean correctness over problems of the mean over samples (pass@1)."""
+        rates = [float(np.mean([r.correctness for r in group.rollouts])) for group in self.groups]
+        return float(np.mean(rates)) if rates else float("nan")
+
+
+@dataclass(kw_only=True, slots=True)
 class MicroBatch:
     """Packed sequences of one data-parallel rank, token t predicting ``targets_T[t]``.
 

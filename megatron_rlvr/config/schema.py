@@ -76,11 +76,6 @@ class QaeMask(Enum):
     none = "none"
 
 
-class Aggregation(Enum):
-    token_mean = "token-mean"
-    seq_mean_token_mean = "seq-mean-token-mean"
-    seq_mean_token_sum_norm = "seq-mean-token-sum-norm"
-
 
 class CovScope(Enum):
     minibatch = "minibatch"
@@ -297,7 +292,8 @@ class LossConfig:
     dual_clip: float | None = None
     """c > 1 bounds the loss of negative advantages; null is off."""
     logratio_clamp: float = 20.0
-    aggregation: Aggregation = Aggregation.token_mean
+    aggregation: str = "token-mean"
+    """token-mean, seq-mean-token-mean or seq-mean-token-sum-norm, with global denominators."""
     clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)
     kl_cov: KlCovConfig = field(default_factory=KlCovConfig)
     cov_scope: CovScope = CovScope.minibatch
