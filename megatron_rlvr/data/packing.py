@@ -1,0 +1,297 @@
+"""Packing: which sequences share a micro-batch, and the packed tensors of one micro-batch.
+
+Letters: T packed tokens, S sequences, L prompt tokens, R response tokens.
+
+A sequence of L prompt and R response tokens takes L + R packed positions. Position t predicts the token at t + 1
+of the same sequence, so the loss sits on positions L - 1 .. L + R - 2 and the last position predicts nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_rlvr.types import MicroBatch
+
+
+@dataclass(kw_only=True, slots=True)
+class PackedSequence:
+    """One response with everything its loss needs.
+
+    Example:
+        >>> PackedSequence(prompt_ids=np.array([5, 6]), response_ids=np.array([7, 2]), advantage=0.5, weight=1 / 128,
+        ...                rollout_logprobs=np.array([-0.1, -0.7]), trajectory=3)
+    """
+
+    prompt_ids: np.ndarray
+    """int [L], L >= 1: the first response token needs a position that predicts it."""
+    response_ids: np.ndarray
+    """int [R], R >= 1."""
+    advantage: float
+    """The response's advantage, the same on each of its tokens."""
+    weight: float
+    """Aggregation weight of each of its tokens, global denominators inside."""
+    rollout_logprobs: np.ndarray
+    """float [R] nats, the engine's log-probs at sampling."""
+    trajectory: int
+    """Index of the response in the optimizer step's canonical order, >= 0."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def plan_microbatches(
+    lengths: Sequence[int],
+    *,
+    dp_size: int,
+    max_tokens: int,
+    multiple_of: int = 1,
+    attention_parity_length: float = math.inf,
+) -> list[list[list[int]]]:
+    """Deals sequences to data-parallel ranks and micro-batches.
+
+    Every rank gets the same number of micro-batches (unequal numbers deadlock the gradient reduction), as few as
+    best-fit-decreasing needs. Within that number, longest-processing-time-first balances the micro-batches, and then
+    the ranks. A micro-batch is empty only if there are fewer sequences than micro-batches.
+
+    Args:
+        lengths: tokens of each sequence, prompt and response together, >= 1.
+        dp_size: number of data-parallel ranks.
+        max_tokens: budget of one micro-batch. Padding of `build_microbatch` stays inside it if it is a multiple of
+            `pad_to_multiple`.
+        multiple_of: the number of micro-batches per rank is a multiple of it (virtual pipelines need that).
+        attention_parity_length: sequence length at which attention costs as much as the dense layers (12 * hidden
+            size for causal attention in a standard block); balance is by length * (1 + length / this). Infinite:
+            balance by tokens.
+
+    Returns:
+        Sequence indices, ``plan[dp_rank][micro_batch]``; deterministic in the arguments.
+
+    Raises:
+        ValueError: no sequence, a sequence over the budget, or an argument out of range.
+    """
+    for name, value in (("dp_size", dp_size), ("max_tokens", max_tokens), ("multiple_of", multiple_of)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if attention_parity_length <= 0:
+        raise ValueError(f"attention_parity_length must be positive, got {attention_parity_length}")
+    if len(lengths) == 0:
+        raise ValueError("lengths must name at least one sequence, got none")
+    if min(lengths) < 1:
+        raise ValueError(f"lengths must be at least 1, got {min(lengths)}")
+    if max(lengths) > max_tokens:
+        raise ValueError(
+            f"train.max_tokens_per_microbatch must hold the longest sequence (at most data.max_prompt_tokens + "
+            f"rollout.max_response_tokens), got {max_tokens} for a sequence of {max(lengths)} tokens"
+        )
+
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    costs = [length * (1.0 + length / attention_parity_length) for length in lengths]
+    tight = _best_fit_decreasing(order, lengths, max_tokens)
+    num_micro = math.ceil(len(tight) / dp_size)
+    num_micro = math.ceil(num_micro / multiple_of) * multiple_of
+    num_bins = dp_size * num_micro
+
+    bins = _longest_first(order, lengths, costs, num_bins, max_tokens)
+    if bins is None:  # too tight to balance: keep the packing that is known to fit
+        bins = _fill_empty(tight + [[] for _ in range(num_bins - len(tight))], lengths)
+    return _deal_to_ranks(bins, costs, dp_size, num_micro)
+
+
+def _best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Bins within the budget, few of them (at most 11/9 of the optimum): each sequence into the fullest bin it fits."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    for index in order:
+        slot = bisect.bisect_left(rooms, (lengths[index], -1))
+        if slot == len(rooms):
+            bins.append([index])
+            room, chosen = max_tokens, len(bins) - 1
+        else:
+            room, chosen = rooms.pop(slot)
+            bins[chosen].append(index)
+        bisect.insort(rooms, (room - lengths[index], chosen))
+    return bins
+
+
+def _longest_first(
+    order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], num_bins: int, max_tokens: int
+) -> list[list[int]] | None:
+    """Bins of nearly equal cost: each sequence, longest first, into the cheapest bin; None if one overflows."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    heap = [(0.0, 0, chosen) for chosen in range(num_bins)]  # (cost, tokens, bin)
+    for index in order:
+        cost, tokens, chosen = heap[0]
+        if tokens + lengths[index] > max_tokens:
+            return None
+        bins[chosen].append(index)
+        heapq.heapreplace(heap, (cost + costs[index], tokens + lengths[index], chosen))
+    return bins
+
+
+def _fill_empty(bins: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Moves sequences out of the fullest bins that hold several, until no bin is empty or nothing can move."""
+    for empty in (chosen for chosen in bins if not chosen):
+        donor = max(
+            (chosen for chosen in bins if len(chosen) > 1),
+            key=lambda chosen: sum(lengths[index] for index in chosen),
+            default=None,
+        )
+        if donor is None:
+            break
+        empty.append(donor.pop())
+    return bins
+
+
+def _deal_to_ranks(
+    bins: list[list[int]], costs: Sequence[float], dp_size: int, num_micro: int
+) -> list[list[list[int]]]:
+    """`num_micro` bins to each rank, costliest bin first to the rank with the least so far.
+
+    A rank meets its largest micro-batch first, so that the allocator grows once.
+    """
+    bin_costs = [sum(costs[index] for index in chosen) for chosen in bins]
+    plan: list[list[list[int]]] = [[] for _ in range(dp_size)]
+    heap = [(0.0, rank) for rank in range(dp_size)]
+    for chosen in sorted(range(len(bins)), key=lambda chosen: (-bin_costs[chosen], chosen)):
+        total, rank = heapq.heappop(heap)
+        plan[rank].append(sorted(bins[chosen]))
+        if len(plan[rank]) < num_micro:
+            heapq.heappush(heap, (total + bin_costs[chosen], rank))
+    return plan
+
+
+def build_microbatch(sequences: Sequence[PackedSequence], *, pad_to_multiple: int = 1) -> MicroBatch:
+    """Packs sequences into the tensors of one micro-batch.
+
+    Args:
+        sequences: in packing order; none gives a micro-batch of padding alone, whose loss is exactly zero.
+        pad_to_multiple: T is padded up to a multiple of it (sequence and context parallelism need one); the padding
+            is a sequence of its own.
+
+    Returns:
+        CPU tensors as `MicroBatch` documents them.
+
+    Raises:
+        ValueError: an empty prompt or response, log-probs of another length, or a negative trajectory.
+    """
+    if pad_to_multiple < 1:
+        raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
+    for sequence in sequences:
+        _check_sequence(sequence)
+
+    prompt_S = np.array([len(sequence.prompt_ids) for sequence in sequences], dtype=np.int64)
+    response_S = np.array([len(sequence.response_ids) for sequence in sequences], dtype=np.int64)
+    length_S = prompt_S + response_S
+    used = int(length_S.sum())
+    total = max(math.ceil(used / pad_to_multiple), 1) * pad_to_multiple
+    borders = np.concatenate([[0], np.cumsum(length_S), [total] if total > used else []]).astype(np.int64)
+
+    tokens_T = np.zeros(total, dtype=np.int64)
+    if sequences:
+        np.concatenate([part for s in sequences for part in (s.prompt_ids, s.response_ids)], out=tokens_T[:used])
+    position_T = np.arange(total, dtype=np.int64) - np.repeat(borders[:-1], np.diff(borders))
+
+    # Position p of a sequence is masked when L - 1 <= p < L + R - 1; its target is response token p - (L - 1).
+    response_position_T = np.full(total, -1, dtype=np.int64)
+    offset_T = position_T[:used] - np.repeat(prompt_S - 1, length_S)
+    mask_T = np.zeros(total, dtype=bool)
+    mask_T[:used] = (offset_T >= 0) & (offset_T < np.repeat(response_S, length_S))
+    response_position_T[:used][mask_T[:used]] = offset_T[mask_T[:used]]
+
+    targets_T = np.zeros(total, dtype=np.int64)
+    targets_T[:-1] = tokens_T[1:]
+    targets_T[borders[1:] - 1] = 0  # the last token of a sequence predicts nothing
+    trajectory_T = np.full(total, -1, dtype=np.int64)
+    trajectory_T[:used] = np.repeat(np.array([s.trajectory for s in sequences], dtype=np.int64), length_S)
+
+    def on_response(values: Iterable[np.ndarray]) -> torch.Tensor:
+        packed_T = np.zeros(total, dtype=np.float32)
+        if sequences:
+            packed_T[mask_T] = np.concatenate(list(values))
+        return torch.from_numpy(packed_T)
+
+    def per_sequence(values: Iterable[float]) -> torch.Tensor:
+        return on_response([np.repeat(np.fromiter(values, np.float32, len(sequences)), response_S)])
+
+    return MicroBatch(
+        tokens_T=torch.from_numpy(tokens_T),
+        position_ids_T=torch.from_numpy(position_T),
+        cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+        max_seqlen=int(np.diff(borders).max()),
+        targets_T=torch.from_numpy(targets_T),
+        loss_mask_T=torch.from_numpy(mask_T),
+        advantages_T=per_sequence(s.advantage for s in sequences),
+        weights_T=per_sequence(s.weight for s in sequences),
+        rollout_logprobs_T=on_response(s.rollout_logprobs for s in sequences),
+        trajectory_T=torch.from_numpy(trajectory_T),
+        response_position_T=torch.from_numpy(response_position_T),
+    )
+
+
+def _check_sequence(sequence: PackedSequence) -> None:
+    name = f"sequence of trajectory {sequence.trajectory}"
+    if len(sequence.prompt_ids) == 0:
+        raise ValueError(f"{name} must have at least one prompt token, got none")
+    if len(sequence.response_ids) == 0:
+        raise ValueError(f"{name} must have at least one response token, got none")
+    if len(sequence.rollout_logprobs) != len(sequence.response_ids):
+        raise ValueError(
+            f"{name} must have one rollout log-prob per response token, got {len(sequence.rollout_logprobs)} for "
+            f"{len(sequence.response_ids)} tokens"
+        )
+    if sequence.trajectory < 0:
+        raise ValueError(f"trajectory must be at least 0 (-1 marks padding), got {sequence.trajectory}")
+
+
+def unpack_responses(values_T: torch.Tensor, microbatch: MicroBatch) -> dict[int, np.ndarray]:
+    """Per-response values out of a packed tensor.
+
+    Args:
+        values_T: [T] any dtype numpy knows (bfloat16 does not: cast first), one value per packed position.
+        microbatch: the packing.
+
+    Returns:
+        ``{trajectory: [R]}``, values at the positions that predict the response's tokens, in response order.
+    """
+    if values_T.shape != microbatch.tokens_T.shape:
+        raise ValueError(f"values must have shape {tuple(microbatch.tokens_T.shape)}, got {tuple(values_T.shape)}")
+    mask_T = microbatch.loss_mask_T.cpu().numpy()
+    packed = values_T.detach().cpu().numpy()[mask_T]
+    trajectories = microbatch.trajectory_T.cpu().numpy()[mask_T]
+    if len(packed) == 0:
+        return {}
+    starts = np.flatnonzero(microbatch.response_position_T.cpu().numpy()[mask_T] == 0)
+    return {int(trajectories[start]): part for start, part in zip(starts, np.split(packed, starts[1:]), strict=True)}
+
+
+def pack_responses(values: Mapping[int, np.ndarray], microbatch: MicroBatch) -> torch.Tensor:
+    """The inverse of `unpack_responses`: float32 [T] on the packing's device, zero outside of responses.
+
+    Raises:
+        ValueError: a response of the micro-batch is missing, or its length differs.
+    """
+    mask_T = microbatch.loss_mask_T.cpu().numpy()
+    trajectories = microbatch.trajectory_T.cpu().numpy()[mask_T]
+    starts = np.flatnonzero(microbatch.response_position_T.cpu().numpy()[mask_T] == 0)
+    packed_T = np.zeros(len(mask_T), dtype=np.float32)
+    if len(starts):
+        parts = []
+        for start, end in zip(starts, [*starts[1:], len(trajectories)], strict=True):
+            trajectory = int(trajectories[start])
+            if trajectory not in values:
+                raise ValueError(f"values must cover every response of the micro-batch, trajectory {trajectory} misses")
+            if len(values[trajectory]) != end - start:
+                raise ValueError(
+                    f"values of trajectory {trajectory} must have {end - start} entries, got {len(values[trajectory])}"
+                )
+            parts.append(values[trajectory])
+        packed_T[mask_T] = np.concatenate(parts)
+    return torch.from_numpy(packed_T).to(microbatch.tokens_T.device)
