@@ -1,0 +1,130 @@
+"""Forward and backward over micro-batches through Megatron's pipeline schedules.
+
+T packed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_rlvr import ops
+from megatron_rlvr.metrics import Metric
+from megatron_rlvr.policy.layers import AttentionPlan, PackedSequences, uses_transformer_engine
+from megatron_rlvr.policy.parallel import ParallelContext
+from megatron_rlvr.types import MicroBatch
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, Metric]]]
+"""(logprobs_T, entropy_T, micro-batch) -> (scalar loss summed over the micro-batch's tokens, metrics)."""
+
+
+class PipelineRunner:
+    """Runs micro-batches through this rank's chunks.
+
+    Args:
+        chunks: model chunks, wrapped for training or not.
+        vocab_size: real vocabulary; padded columns are masked before the softmax.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, *, vocab_size: int) -> None:
+        self.chunks = list(chunks)
+        self.parallel = parallel
+        self.vocab_size = vocab_size
+        self._is_half = any(isinstance(m, Float16Module) for chunk in chunks for m in chunk.modules())
+
+    def logprobs(
+        self, micro_batches: Sequence[MicroBatch], *, temperature: float
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(logprobs_T, entropy_T) of every micro-batch, fp32 nats, without gradient; empty off the last stage."""
+
+        def collect(logits_1TV: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            pair = self._logprob_entropy(logits_1TV, micro, temperature)
+            return logits_1TV.new_zeros(()), pair
+
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                return self._run(micro_batches, collect, forward_only=True)
+        finally:
+            for chunk in self.chunks:
+                chunk.train()
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss: TokenLoss, *, temperature: float
+    ) -> list[dict[str, Metric]]:
+        """Accumulates gradients of the sum over all micro-batches and data-parallel ranks of `loss`.
+
+        Returns:
+            Metrics of every micro-batch; empty off the last stage.
+        """
+        # Megatron averages over micro-batches and data-parallel ranks; the loss carries global denominators already.
+        undo_average = len(micro_batches) * self.parallel.ranks.dp_size
+
+        def compute(logits_1TV: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, Metric]]:
+            logprobs_T, entropy_T = self._logprob_entropy(logits_1TV, micro, temperature)
+            value, metrics = loss(logprobs_T, entropy_T, micro)
+            return value * undo_average, metrics
+
+        return self._run(micro_batches, compute, forward_only=False)
+
+    def _logprob_entropy(
+        self, logits_1TV: torch.Tensor, micro: MicroBatch, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-prob and entropy from this rank's vocabulary shard; logits are consumed (overwritten in backward)."""
+        logits_TV = logits_1TV.squeeze(0)
+        first = self.parallel.ranks.tp_rank * logits_TV.shape[1]
+        real = min(max(self.vocab_size - first, 0), logits_TV.shape[1])
+        if real < logits_TV.shape[1]:
+            # Padding takes no part in the softmax, as in the engine; its probability and gradient are exactly 0.
+            logits_TV.detach()[:, real:].fill_(-torch.inf)
+        group = self.parallel.tp_group if self.parallel.ranks.tp_size > 1 else None
+        return ops.vocab_parallel_logprob_entropy(
+            logits_TV, micro.targets_T, temperature=temperature, group=group, inplace_backward=True
+        )
+
+    def _run(self, micro_batches: Sequence[MicroBatch], on_logits: Callable, *, forward_only: bool) -> list:
+        if not micro_batches:
+            raise ValueError("micro_batches must not be empty: every data-parallel rank runs the same number")
+        packs = [_packed_sequences(micro) for micro in micro_batches]
+
+        def forward_step(data: Iterator[int], chunk: torch.nn.Module, *unused: object) -> tuple[torch.Tensor, Callable]:
+            index = next(data)
+            micro = micro_batches[index]
+            extra = {"fp32_output": False} if self._is_half else {}
+            output = chunk(
+                input_ids=micro.tokens_T.unsqueeze(0),
+                position_ids=micro.position_ids_T.unsqueeze(0),
+                attention_mask=None,
+                packed_seq_params=packs[index],
+                **extra,
+            )
+            return output, partial(on_logits, micro=micro)
+
+        indices = range(len(micro_batches))
+        run = get_forward_backward_func()
+        return run(
+            forward_step_func=forward_step,
+            data_iterator=[iter(indices) for _ in self.chunks] if len(self.chunks) > 1 else iter(indices),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=max(micro.num_tokens for micro in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def _packed_sequences(micro: MicroBatch) -> PackedSequences:
+    plan = None if uses_transformer_engine() else AttentionPlan.build(micro.cu_seqlens)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=micro.cu_seqlens,
+        cu_seqlens_kv=micro.cu_seqlens,
+        max_seqlen_q=micro.max_seqlen,
+        max_seqlen_kv=micro.max_seqlen,
+        plan=plan,
+    )
