@@ -1,0 +1,39 @@
+"""Starts one SGLang server: ``python -m megatron_rlvr.rollout.launcher [--parent-pid PID] <sglang arguments>``.
+
+On a GPU this is ``sglang.launch_server`` and nothing else. Without one, the stand-ins of `platform` come first: the
+module level runs again in every process that SGLang spawns, so that they reach the scheduler and the detokenizer.
+
+With ``--parent-pid`` the server and all its children are killed as soon as that parent is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_rlvr.rollout import lifetime, platform
+
+platform.install()
+
+
+def main(argv: list[str]) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Args:
+        argv: SGLang's arguments, after an optional ``--parent-pid PID``.
+    """
+    if argv[:1] == ["--parent-pid"]:
+        lifetime.watch_parent(int(argv[1]), lifetime.kill_own_group)
+        argv = argv[2:]
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(prepare_server_args(argv))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
