@@ -175,3 +175,17 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.tokens_T.numel())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorMeta:
+    """Name, dtype and shape of one Hugging Face tensor inside a bucket."""
+
+    name: str
+    dtype: str
+    """Torch name without the prefix, e.g. ``bfloat16``."""
+    shape: tuple[int, ...]
+
+
+class EngineError(RuntimeError):
+    """A server refused, failed or did not answer in time."""

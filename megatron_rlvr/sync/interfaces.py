@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from megatron_rlvr.types import EngineError, TensorMeta
 
 if TYPE_CHECKING:
     import torch
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorMeta:
-    """Name, dtype and shape of one Hugging Face tensor inside a bucket."""
-
-    name: str
-    dtype: str
-    """Torch name without the prefix, e.g. ``bfloat16``."""
-    shape: tuple[int, ...]
+__all__ = ["Engine", "EngineError", "TensorMeta", "TensorSource"]
 
 
 class Engine(Protocol):
@@ -59,10 +52,6 @@ class Engine(Protocol):
     def weight_version(self) -> str: ...
 
     def flush_cache(self) -> None: ...
-
-
-class EngineError(RuntimeError):
-    """A server refused, failed or did not answer in time."""
 
 
 class TensorSource(Protocol):
