@@ -1,0 +1,388 @@
+"""Asks SGLang servers for responses: one connection pool, routing, retries. No torch, no tokenizer.
+
+One request asks for one response. Against one request with ``n`` samples per prompt this costs G small JSON bodies,
+and gains that a response is verified the moment it ends, that a failure repeats one response instead of G, and that
+every response can be aborted by its own id (with ``n > 1`` the server makes up new ids). The responses of a prompt go
+to one server, so that its prefix cache holds their prompt after the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import numpy as np
+import orjson
+
+from megatron_rlvr.rollout.answer import MalformedAnswerError, Sample, parse_answer, parse_version
+from megatron_rlvr.rollout.messages import RolloutError, Sampling
+from megatron_rlvr.types import FinishReason
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 30.0
+"""SGLang's own health check gives up after 20 s."""
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.25, 8.0
+RECOVERY_S = 10.0
+"""How long a request waits for any server to come back before it fails."""
+
+
+class _AttemptError(Exception):
+    """One attempt failed in a way that another may not.
+
+    Args:
+        reason: what happened.
+        running: whether the server may still be generating, so that the attempt should be aborted there.
+    """
+
+    def __init__(self, reason: str, *, running: bool = False) -> None:
+        super().__init__(reason)
+        self.running = running
+
+
+class _Server:
+    """One address and what is known about it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.load = 0
+        """Responses under way or planned here."""
+        self.failure: str | None = None
+        """Why it is out of routing; None while it is in."""
+
+
+class Placement:
+    """The responses of one prompt, planned on one server; entering it counts them as that server's load."""
+
+    def __init__(self, server: _Server, count: int) -> None:
+        self.server = server
+        self._count = count
+        self._left = 0
+
+    def __enter__(self) -> Placement:
+        self._left = self._count
+        self.server.load += self._left
+        return self
+
+    def release(self) -> None:
+        """One response is done (or goes elsewhere)."""
+        if self._left:
+            self._left -= 1
+            self.server.load -= 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.server.load -= self._left
+        self._left = 0
+
+
+class GenerationClient:
+    """Client of one or several SGLang servers, or of a router in front of them.
+
+    Without a router a request goes to the least loaded healthy server. A server that fails (no connection, timeout,
+    HTTP 5xx, an answer that makes no sense, weights older than `min_version`) leaves the routing and is probed until
+    it is healthy and holds those weights; its requests are repeated elsewhere, or on it if there is no other.
+
+    Args:
+        urls: base URLs of the servers; they also take the aborts, which a router does not know.
+        router_url: base URL of sglang-router, if there is one.
+        concurrency: requests in flight over all servers.
+        request_timeout_s: wall clock of one attempt, from sending to the last byte, in seconds.
+        max_retries: further attempts after a failed one, and further attempts after an aborted one.
+        recovery_s: how long a request waits, in seconds, while no server is healthy.
+
+    Example:
+        >>> async with GenerationClient(["http://127.0.0.1:30000"], concurrency=8, ...) as client:
+        ...     with client.place(1) as placement:
+        ...         sample = await client.generate(prompt_ids, sampling, rid="a", placement=placement)
+    """
+
+    def __init__(
+        self,
+        urls: list[str] | tuple[str, ...],
+        *,
+        concurrency: int,
+        request_timeout_s: float,
+        max_retries: int,
+        router_url: str | None = None,
+        recovery_s: float = RECOVERY_S,
+    ) -> None:
+        if not urls:
+            raise ValueError("rollout.urls must name at least one server, got none")
+        self.min_version = 0
+        """Lowest policy version whose tokens are taken."""
+        self._control_urls = [url.rstrip("/") for url in urls]
+        self._servers = [_Server(router_url)] if router_url else [_Server(url) for url in urls]
+        self._routed = router_url is not None
+        self._slots = asyncio.Semaphore(concurrency)
+        self._request_timeout_s = request_timeout_s
+        self._max_retries = max_retries
+        self._recovery_s = recovery_s
+        self._recovered = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+        self._session = aiohttp.ClientSession(
+            # The semaphore is the only limit. SGLang closes idle connections after 5 s; ours go first, so that no
+            # request is written into a connection that is just being closed.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
+            timeout=aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=CONNECT_TIMEOUT_S),
+        )
+
+    async def __aenter__(self) -> GenerationClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes all connections; requests still in flight are aborted by their servers."""
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._session.close()
+
+    async def check(self) -> None:
+        """Reaches every server (and the router) once.
+
+        Raises:
+            RolloutError: one does not answer, or is no SGLang server; names it and the reason.
+        """
+        urls = list(dict.fromkeys([*self._control_urls, *(server.url for server in self._servers)]))
+        await asyncio.gather(*(self._check_one(url) for url in urls))
+
+    async def _check_one(self, url: str) -> None:
+        path = "/health" if self._routed and url == self._servers[0].url else "/model_info"
+        try:
+            status, body = await self._get(url + path)
+            if path == "/model_info" and status == 404:
+                status, body = await self._get(url + "/get_model_info")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise RolloutError(f"server {url} cannot be reached: {_reason(error)}") from error
+        if status != 200:
+            raise RolloutError(f"server {url} answers {path} with HTTP {status}: {_excerpt(body)}")
+
+    # routing
+
+    def place(self, count: int) -> Placement:
+        """Plans ``count`` responses of one prompt on the least loaded healthy server."""
+        return Placement(self._pick(avoid=None), count)
+
+    def _pick(self, *, avoid: _Server | None) -> _Server:
+        """Least loaded healthy server, not ``avoid`` if there is another; of all servers if none is healthy."""
+        healthy = [server for server in self._servers if server.failure is None]
+        return min(healthy or self._servers, key=lambda server: (server is avoid, server.load))
+
+    async def _healthy(self, preferred: _Server, *, avoid: _Server | None) -> _Server:
+        """``preferred`` while it is in routing, else another, waiting at most ``recovery_s`` for one."""
+        deadline = time.monotonic() + self._recovery_s
+        while True:
+            if preferred is not avoid and preferred.failure is None:
+                return preferred
+            server = self._pick(avoid=avoid)
+            if server.failure is None:
+                return server
+            self._recovered.clear()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._recovered.wait()
+            except TimeoutError:
+                down = "; ".join(f"{s.url}: {s.failure}" for s in self._servers)
+                raise RolloutError(f"no server has been healthy for {self._recovery_s:g} s ({down})") from None
+
+    def _take_out(self, server: _Server, reason: str) -> None:
+        if server.failure is None:
+            logger.warning("server %s leaves the routing: %s", server.url, reason)
+            self._spawn(self._probe(server))
+        server.failure = reason
+
+    async def _probe(self, server: _Server) -> None:
+        """Returns when the server is back in routing."""
+        delay = FIRST_BACKOFF_S
+        while (trouble := await self._trouble(server)) is not None:
+            server.failure = trouble
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_BACKOFF_S)
+        logger.warning("server %s is back in the routing", server.url)
+        server.failure = None
+        self._recovered.set()
+
+    async def _trouble(self, server: _Server) -> str | None:
+        """Why the server cannot be used, or None."""
+        try:
+            status, _ = await self._get(server.url + "/health")
+            if status != 200:
+                return f"/health answers HTTP {status}"
+            if self._routed:
+                return None
+            status, body = await self._get(server.url + "/model_info")
+            if status == 404:
+                status, body = await self._get(server.url + "/get_model_info")
+            if status != 200:
+                return f"/model_info answers HTTP {status}"
+            version = parse_version(orjson.loads(body)["weight_version"])
+        except (aiohttp.ClientError, OSError) as error:
+            return _reason(error)
+        except (ValueError, KeyError, TypeError, MalformedAnswerError) as error:
+            return f"/model_info makes no sense: {_reason(error)}"
+        return self._stale(version)
+
+    def _stale(self, version: int) -> str | None:
+        """A server that was restarted holds the weights it was launched with until the next sync."""
+        if version >= self.min_version:
+            return None
+        return f"holds weights of policy version {version}, older than {self.min_version}"
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # generation
+
+    async def generate(
+        self, input_ids: np.ndarray, sampling: Sampling, *, rid: str, placement: Placement, seed: int | None = None
+    ) -> Sample:
+        """Samples one response.
+
+        Args:
+            input_ids: int32 [L] prompt.
+            sampling: temperature, lengths and stops.
+            rid: request id, unique over the servers' lifetime and without ``.``; every attempt adds its own suffix.
+            placement: where the responses of this prompt are planned.
+            seed: sampling seed; servers with deterministic inference honour it, others ignore it.
+
+        Returns:
+            The response. Its finish reason is abort only when ``max_retries`` repetitions were aborted too; it then
+            holds what the last attempt had sampled.
+
+        Raises:
+            RolloutError: every attempt failed, or a server refused the request; names the server and the reason.
+        """
+        try:
+            async with self._slots:
+                return await self._generate(_body(input_ids, sampling, seed), rid, placement)
+        finally:
+            placement.release()
+
+    async def _generate(self, body: dict[str, Any], rid: str, placement: Placement) -> Sample:
+        failures: list[str] = []
+        aborts = 0
+        avoid: _Server | None = None
+        while True:
+            server = await self._healthy(placement.server, avoid=avoid)
+            moved = Placement(server, 1 if server is not placement.server else 0)
+            # Servers abort by prefix of the id: the closing dot keeps attempt 1 from naming attempt 10.
+            attempt_rid = f"{rid}.{len(failures) + aborts}."
+            try:
+                with moved:
+                    sample = await self._attempt(server, body, attempt_rid)
+            except _AttemptError as error:
+                failures.append(f"{server.url}: {error}")
+                if error.running:
+                    self._abort(server, attempt_rid)
+                self._take_out(server, str(error))
+                avoid = server
+                if len(failures) > self._max_retries:
+                    raise RolloutError(
+                        f"request {rid} failed {len(failures)} times, last at {failures[-1]}"
+                        + (f" (before: {'; '.join(dict.fromkeys(failures[:-1]))})" if len(failures) > 1 else "")
+                    ) from error
+                await self._back_off(len(failures))
+                continue
+            if sample.finish_reason is FinishReason.abort and aborts < self._max_retries:
+                aborts += 1
+                await self._back_off(aborts)
+                continue
+            sample.retries, sample.aborts = len(failures), aborts
+            return sample
+
+    async def _attempt(self, server: _Server, body: dict[str, Any], rid: str) -> Sample:
+        """One request.
+
+        Raises:
+            _AttemptError: another attempt may succeed.
+            RolloutError: the server refuses the request itself (HTTP 4xx).
+        """
+        data = orjson.dumps({**body, "rid": rid}, option=orjson.OPT_SERIALIZE_NUMPY)
+        try:
+            async with self._session.post(
+                server.url + "/generate", data=data, headers={"Content-Type": "application/json"}
+            ) as response:
+                answer = await response.read()
+        except aiohttp.ConnectionTimeoutError as error:
+            raise _AttemptError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
+        except TimeoutError as error:
+            raise _AttemptError(f"no answer within {self._request_timeout_s:g} s", running=True) from error
+        except aiohttp.ClientConnectorError as error:
+            raise _AttemptError(_reason(error)) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _AttemptError(_reason(error), running=True) from error
+        if response.status >= 500 or response.status in (408, 429):
+            raise _AttemptError(f"HTTP {response.status}: {_excerpt(answer)}")
+        if response.status != 200:
+            raise RolloutError(f"server {server.url} refuses a request, HTTP {response.status}: {_excerpt(answer)}")
+        try:
+            sample = parse_answer(answer)
+        except MalformedAnswerError as error:
+            raise _AttemptError(f"the answer makes no sense: {error}: {_excerpt(answer)}") from error
+        if (stale := self._stale(sample.weight_versions[0][0])) is not None:
+            raise _AttemptError(stale)
+        return sample
+
+    async def _back_off(self, count: int) -> None:
+        longest = min(FIRST_BACKOFF_S * 2 ** (count - 1), LAST_BACKOFF_S)
+        # spread, so that the requests of a failed server do not return all at once
+        await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+
+    def _abort(self, server: _Server, rid: str) -> None:
+        """Frees the server of an attempt that nobody waits for any more."""
+        for url in self._control_urls if self._routed else [server.url]:
+            self._spawn(self._abort_at(url, rid))
+
+    async def _abort_at(self, url: str, rid: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
+        try:
+            async with self._session.post(url + "/abort_request", json={"rid": rid}, timeout=timeout) as response:
+                await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            logger.info("abort of %s at %s failed: %s", rid, url, _reason(error))
+
+    async def _get(self, url: str) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        async with self._session.get(url, timeout=timeout) as response:
+            return response.status, await response.read()
+
+
+def _body(input_ids: np.ndarray, sampling: Sampling, seed: int | None) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": sampling.max_tokens,
+    }
+    if sampling.stop:
+        params["stop"] = list(sampling.stop)
+    if seed is not None:
+        params["sampling_seed"] = seed
+    return {
+        "input_ids": np.ascontiguousarray(input_ids, dtype=np.int32),
+        "sampling_params": params,
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "return_text_in_logprobs": False,
+        "stream": False,
+    }
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _excerpt(body: bytes) -> str:
+    text = body.decode(errors="replace").strip()
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,0 +1,132 @@
+"""What the trainer and its rollout process say to each other, one pickled object a message.
+
+The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress` messages
+and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP client for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rlvr.config.schema import DataConfig, EvalConfig, RewardConfig, RolloutConfig
+
+
+class RolloutError(RuntimeError):
+    """Rollouts could not be generated; the message names the server or the process and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How responses are sampled."""
+
+    temperature: float
+    """0 is greedy; the log-probs of a greedy response are those at temperature 1."""
+    top_p: float
+    top_k: int
+    """-1 is off."""
+    max_tokens: int
+    """Longest response, in tokens."""
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceInfo:
+    """What the rollout process found in its data."""
+
+    num_train: int
+    num_val: int
+    num_dropped_prompts: int
+    """Problems left out because their prompt is longer than ``data.max_prompt_tokens``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a step or an evaluation has come."""
+
+    finished: int
+    """Groups whose responses all have their verdict."""
+    drawn: int
+    """Groups begun so far; grows when dynamic sampling refills."""
+    accepted: int
+    """Groups that will enter a batch."""
+    wanted: int
+    """Groups the batch needs."""
+    response_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Initialize:
+    """First command: load the data, start the verifiers. Result: `ServiceInfo`, with the first state."""
+
+    data: DataConfig
+    reward: RewardConfig
+    rollout: RolloutConfig
+    evaluation: EvalConfig
+    tokenizer_path: str
+    seed: int
+    import_paths: tuple[str, ...]
+    """The trainer's ``sys.path``, so that a reward by dotted path is found here too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Connect:
+    """Use these servers, each reached once before the answer. Result: None."""
+
+    urls: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generate:
+    """Result: `RolloutBatch`."""
+
+    step: int
+    policy_version: int
+    """Completed optimizer steps of the weights the servers hold; a server that holds older ones is not used."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Result: `EvalBatch`."""
+
+    policy_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadState:
+    """Continue from the state of a checkpoint. Result: None."""
+
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ping:
+    """Result: the process id of the rollout process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Close:
+    """Stop whatever is under way and exit. No answer but the end of the process."""
+
+
+Command = Initialize | Connect | Generate | Evaluate | LoadState | Ping | Close
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A command is done."""
+
+    value: Any
+    state: dict[str, Any] | None
+    """State of data order and surplus groups after the command; None before `Initialize`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A command failed; the process lives on in the state before the command."""
+
+    error: str
+    """One line: what went wrong."""
+    user_mistake: bool
+    """Whether it was a ValueError: a setting or a data file to put right."""
+    traceback: str

@@ -1,0 +1,259 @@
+"""The trainer's side of the rollout process.
+
+Rollouts are generated in a process of their own, so that the training loop never waits for the interpreter lock
+while thousands of responses are received, parsed and verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron_rlvr.config.schema import DataConfig, EvalConfig, RewardConfig, RolloutConfig
+from megatron_rlvr.rollout.messages import (
+    Close,
+    Command,
+    Connect,
+    Evaluate,
+    Failure,
+    Generate,
+    Initialize,
+    LoadState,
+    Ping,
+    Progress,
+    Result,
+    RolloutError,
+    ServiceInfo,
+)
+from megatron_rlvr.types import EvalBatch, RolloutBatch
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
+CLOSE_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 60.0
+"""For commands that only touch state."""
+
+
+class RolloutService:
+    """Starts the rollout process and asks it for batches; one call at a time.
+
+    A mistake in the settings or the data comes back as ValueError, everything else as `RolloutError` with the
+    process's traceback. A process that dies is noticed at once.
+
+    Args:
+        data, reward, rollout, evaluation: the parts of the run's configuration that concern rollouts.
+        tokenizer_path: folder with the tokenizer.
+        urls: servers to connect to in `start`; empty when they are still starting, then `connect` follows.
+        seed: of the data order and the sampling seeds.
+        log_path: file that the process's output is appended to.
+
+    Example:
+        >>> with RolloutService(data=..., reward=..., rollout=..., evaluation=..., tokenizer_path="model",
+        ...                     urls=["http://127.0.0.1:30000"], seed=0, log_path=Path("rollout.log")) as service:
+        ...     service.start(timeout_s=120)
+        ...     batch = service.generate(step=0, policy_version=0)
+    """
+
+    def __init__(
+        self,
+        *,
+        data: DataConfig,
+        reward: RewardConfig,
+        rollout: RolloutConfig,
+        evaluation: EvalConfig,
+        tokenizer_path: str,
+        urls: Sequence[str],
+        seed: int,
+        log_path: Path,
+    ) -> None:
+        self._initialize = Initialize(
+            data=data,
+            reward=reward,
+            rollout=rollout,
+            evaluation=evaluation,
+            tokenizer_path=tokenizer_path,
+            seed=seed,
+            import_paths=tuple(sys.path),
+        )
+        self._urls = tuple(urls)
+        self._log_path = log_path
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._pending: Command | None = None
+        self._state: dict[str, Any] | None = None
+
+    def __enter__(self) -> RolloutService:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def start(self, timeout_s: float) -> ServiceInfo:
+        """Starts the process and waits until data and verifiers are ready and the servers, if given, are reached.
+
+        Raises:
+            ValueError: a setting, a data file or the tokenizer is wrong.
+            RolloutError: the process or a server failed, or it took longer than ``timeout_s`` seconds.
+        """
+        if self._process is not None:
+            raise RuntimeError("the rollout process is already started")
+        ours, theirs = Pipe(duplex=True)
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "megatron_rlvr.rollout.worker"),
+                    *("--fd", str(theirs.fileno()), "--trainer-pid", str(os.getpid())),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                # Some reasoning-gym families iterate over sets of strings: a fixed hash seed makes them repeat.
+                env={**os.environ, "PYTHONHASHSEED": "0"},
+                # Its own group: Ctrl-C does not reach it, and its verifiers can be ended with it.
+                start_new_session=True,
+            )
+        self._connection = ours
+        info: ServiceInfo = self._call(self._initialize, timeout_s=timeout_s)
+        if self._urls:
+            self.connect(self._urls)
+        return info
+
+    def connect(self, urls: Sequence[str]) -> None:
+        """Uses these servers from now on.
+
+        Raises:
+            RolloutError: one cannot be reached; names it and the reason.
+        """
+        self._call(Connect(urls=tuple(urls)), timeout_s=CONNECT_TIMEOUT_S)
+
+    def generate(self, *, step: int, policy_version: int, on_progress: OnProgress | None = None) -> RolloutBatch:
+        """The rollouts of one step; see `RolloutGenerator.generate`."""
+        self.generate_async(step=step, policy_version=policy_version)
+        return self.result(on_progress)
+
+    def generate_async(self, *, step: int, policy_version: int) -> None:
+        """Begins the rollouts of one step; `result` waits for them."""
+        self._submit(Generate(step=step, policy_version=policy_version))
+
+    def result(self, on_progress: OnProgress | None = None) -> RolloutBatch:
+        """The batch that `generate_async` began."""
+        if not isinstance(self._pending, Generate):
+            raise RuntimeError("no rollouts are under way: generate_async comes before result")
+        return self._answer(on_progress, deadline=None)
+
+    def evaluate(self, *, policy_version: int, on_progress: OnProgress | None = None) -> EvalBatch:
+        """Answers to the held-out problems; see `RolloutGenerator.evaluate`."""
+        self._submit(Evaluate(policy_version=policy_version))
+        return self._answer(on_progress, deadline=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Data order and surplus groups as of the last batch handed out; it pickles.
+
+        Rollouts still under way do not show in it: a run that continues from it generates them again.
+        """
+        if self._state is None:
+            raise RuntimeError("the rollout process must be started before its state is read")
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a state that `state_dict` gave."""
+        self._call(LoadState(state=state), timeout_s=ANSWER_TIMEOUT_S)
+
+    def ping(self) -> int:
+        """The id of the rollout process, from itself."""
+        pid: int = self._call(Ping(), timeout_s=ANSWER_TIMEOUT_S)
+        return pid
+
+    def close(self) -> None:
+        """Ends the process and its verifiers; safe to call twice and while rollouts are under way."""
+        if self._process is None:
+            return
+        assert self._connection is not None
+        with contextlib.suppress(OSError):
+            self._connection.send(Close())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_TIMEOUT_S)
+        self._kill_group()
+        self._process.wait()
+        self._connection.close()
+        self._process = self._connection = self._pending = None
+
+    # messages
+
+    def _call(self, command: Command, *, timeout_s: float) -> Any:
+        self._submit(command)
+        return self._answer(None, deadline=time.monotonic() + timeout_s)
+
+    def _submit(self, command: Command) -> None:
+        if self._connection is None:
+            raise RuntimeError("the rollout process is not started")
+        if self._pending is not None:
+            raise RuntimeError(f"{type(self._pending).__name__} is still under way: result() comes first")
+        try:
+            self._connection.send(command)
+        except OSError:
+            raise self._death() from None
+        self._pending = command
+
+    def _answer(self, on_progress: OnProgress | None, *, deadline: float | None) -> Any:
+        while True:
+            message = self._receive(deadline)
+            if isinstance(message, Progress):
+                if on_progress is not None:
+                    on_progress(message)
+                continue
+            self._pending = None
+            if isinstance(message, Result):
+                self._state = message.state
+                return message.value
+            assert isinstance(message, Failure), message
+            if message.user_mistake:
+                raise ValueError(message.error)
+            raise RolloutError(f"{message.error}\n--- traceback of the rollout process ---\n{message.traceback}")
+
+    def _receive(self, deadline: float | None) -> Progress | Result | Failure:
+        assert self._connection is not None
+        assert self._process is not None
+        while not self._connection.poll(0.2):
+            # The end of file below tells of most deaths; this of one whose socket lives on in a child of it.
+            if self._process.poll() is not None and not self._connection.poll():
+                raise self._death()
+            if deadline is not None and time.monotonic() > deadline:
+                what = type(self._pending).__name__
+                self.close()
+                raise RolloutError(f"the rollout process did not finish {what} in time; its output: {self._log_path}")
+        try:
+            message: Progress | Result | Failure = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        return message
+
+    def _death(self) -> RolloutError:
+        """The error that tells how the process ended; ends what it may have left."""
+        assert self._process is not None
+        self._kill_group()
+        code = self._process.wait()
+        self.close()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        lines = self._log_path.read_text(errors="replace").splitlines()[-20:]
+        return RolloutError("\n".join([f"the rollout process {how}; the end of {self._log_path}:", *lines]))
+
+    def _kill_group(self) -> None:
+        """Kills the process and the verifiers it has started, whether it still lives or not."""
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
