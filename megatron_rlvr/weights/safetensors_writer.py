@@ -260,20 +260,37 @@ class ShardedWriter:
         return self._handles[file]
 
 
-def write_sharded(
+def write_checkpoint(
     folder: str | Path,
     tensors: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
     *,
-    dtype: torch.dtype,
-    companions: Path | None = None,
+    like: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None = None,
     max_file_bytes: int = 5 << 30,
 ) -> None:
-    """Writes a whole model from one process; the folder appears complete or not at all (see `ShardedWriter`)."""
-    with ShardedWriter(folder, shapes, dtype=dtype, max_file_bytes=max_file_bytes) as writer:
-        for name, tensor in tensors:
+    """Writes a whole model from one process; the folder appears complete or not at all (see `ShardedWriter`).
+
+    Args:
+        folder: destination; must not exist.
+        tensors: every tensor of ``shapes`` once, in any order.
+        like: model folder whose config, tokenizer, generation and licence files are copied.
+        shapes: as `Mapping.hf_tensors` gives them.
+        dtype: type to write; None takes the type of the first tensor.
+
+    Raises:
+        ValueError: where the destination exists, or a tensor is unknown, missing, repeated or of another shape.
+    """
+    stream = iter(tensors)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"{folder}: no tensors to write")
+    written_dtype = first[1].dtype if dtype is None else dtype
+    with ShardedWriter(folder, shapes, dtype=written_dtype, max_file_bytes=max_file_bytes) as writer:
+        writer.write(*first)
+        for name, tensor in stream:
             writer.write(name, tensor)
-        writer.commit(companions=companions)
+        writer.commit(companions=Path(like))
 
 
 def copy_companions(source: Path, target: Path, *, dtype: torch.dtype | None) -> list[str]:
