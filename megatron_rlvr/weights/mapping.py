@@ -219,28 +219,17 @@ class Mapping:
         self.grouped_experts = grouped_experts
         self.padded_vocab_size = padded_vocab_size
         self._rules = FAMILIES[shape.family].rules
+        self._chunk_params: dict[tuple[int, int, int], list[ParamMap]] = {}
 
     def params(self, pp_rank: int = 0, vpp_rank: int | None = None, ep_rank: int = 0) -> list[ParamMap]:
-        """Parameters of one chunk, in Hugging Face order: embedding, layers, final norm, output layer."""
-        vpp = 0 if vpp_rank is None else vpp_rank
-        self._check_rank("pp_rank", pp_rank, self.layout.pp)
-        self._check_rank("vpp_rank", vpp, self.layout.vpp)
-        self._check_rank("ep_rank", ep_rank, self.layout.ep)
-        first = self.layout.is_first_chunk(pp_rank=pp_rank, vpp_rank=vpp)
-        last = self.layout.is_last_chunk(pp_rank=pp_rank, vpp_rank=vpp)
-        params: list[ParamMap] = []
-        if first:
-            params += self._of_place(Place.embedding)
-        layers = self.layout.chunk_layers(self.shape.num_layers, pp_rank=pp_rank, vpp_rank=vpp)
-        for local_layer, layer in enumerate(layers):
-            params += self._layer_params(local_layer, layer, ep_rank)
-        if last:
-            params += self._of_place(Place.final)
-            if not self.shape.tie_embeddings:
-                params += self._of_place(Place.untied_head)
-            elif not first:
-                params += self._of_place(Place.tied_head)
-        return params
+        """Parameters of one chunk, in Hugging Face order: embedding, layers, final norm, output layer.
+
+        Kept for the next call; do not change the list.
+        """
+        chunk = (pp_rank, 0 if vpp_rank is None else vpp_rank, ep_rank)
+        if chunk not in self._chunk_params:
+            self._chunk_params[chunk] = self._build_params(*chunk)
+        return self._chunk_params[chunk]
 
     def shards(
         self, tp_rank: int = 0, pp_rank: int = 0, vpp_rank: int | None = None, ep_rank: int = 0, etp_rank: int = 0
@@ -262,7 +251,7 @@ class Mapping:
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
         """Every Hugging Face tensor of the model with its shape, independent of the layout."""
         one = Mapping(self.shape, layout=Layout(), naming=self.naming)
-        return {name: shape for param in one.params() for name, shape in param.hf}
+        return {name: shape for param in one._build_params(0, 0, 0) for name, shape in param.hf}
 
     def prove_complete(self) -> Coverage:
         """Proves by slice arithmetic that all shards together cover every Hugging Face element exactly once.
@@ -279,7 +268,7 @@ class Mapping:
         num_shards = elements = padding = duplicate = 0
         for pp_rank, vpp_rank in self.chunks():
             for ep_rank in range(self.layout.ep):
-                for param in self.params(pp_rank, vpp_rank, ep_rank):
+                for param in self._build_params(pp_rank, vpp_rank, ep_rank):
                     if ep_rank and not param.expert:
                         continue
                     numel = math.prod(param.shard_shape)
@@ -313,6 +302,26 @@ class Mapping:
             num_padding_elements=padding,
             num_duplicate_elements=duplicate,
         )
+
+    def _build_params(self, pp_rank: int, vpp_rank: int, ep_rank: int) -> list[ParamMap]:
+        self._check_rank("pp_rank", pp_rank, self.layout.pp)
+        self._check_rank("vpp_rank", vpp_rank, self.layout.vpp)
+        self._check_rank("ep_rank", ep_rank, self.layout.ep)
+        first = self.layout.is_first_chunk(pp_rank=pp_rank, vpp_rank=vpp_rank)
+        last = self.layout.is_last_chunk(pp_rank=pp_rank, vpp_rank=vpp_rank)
+        params: list[ParamMap] = []
+        if first:
+            params += self._of_place(Place.embedding)
+        layers = self.layout.chunk_layers(self.shape.num_layers, pp_rank=pp_rank, vpp_rank=vpp_rank)
+        for local_layer, layer in enumerate(layers):
+            params += self._layer_params(local_layer, layer, ep_rank)
+        if last:
+            params += self._of_place(Place.final)
+            if not self.shape.tie_embeddings:
+                params += self._of_place(Place.untied_head)
+            elif not first:
+                params += self._of_place(Place.tied_head)
+        return params
 
     def _layer_params(self, local_layer: int, layer: int, ep_rank: int) -> list[ParamMap]:
         moe = self.shape.is_moe_layer(layer)
