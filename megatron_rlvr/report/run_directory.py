@@ -1,0 +1,66 @@
+"""Where a run writes: ``<output_dir>/<experiment>/<run>/``, and ``<output_dir>/latest`` beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+RESOLVED_CONFIG = "config.yaml"
+"""Name, inside a run's folder, of the configuration as it was composed."""
+
+
+def run_directory(output_dir: str | Path, experiment_name: str) -> Path:
+    """Makes a new folder for a run and points ``<output_dir>/latest`` to it.
+
+    The run is named by the local time, with ``-2``, ``-3`` ... behind it where two start within one second; making
+    the folder is what claims the name, so that concurrent starts never share one. ``latest`` is replaced in one
+    step and is relative, so that ``output_dir`` can be moved.
+
+    Returns:
+        The folder, absolute.
+
+    Raises:
+        ValueError: the experiment's name is not a single folder name, or `output_dir` cannot be written.
+
+    Example:
+        >>> run_directory("outputs", "quickstart")
+        PosixPath('.../outputs/quickstart/2026-01-31_14-07-55')
+    """
+    if not experiment_name or experiment_name in (".", "..", "latest") or "/" in experiment_name:
+        raise ValueError(f"experiment_name must be a folder name other than 'latest', got {experiment_name!r}")
+    root = Path(output_dir).absolute()
+    try:
+        run = _claim(root / experiment_name)
+        _point_latest_to(run, root)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a folder that can be written, got {str(output_dir)!r}: {error}"
+        ) from error
+    return run
+
+
+def _claim(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    stem = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for number in count(1):
+        run = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            run.mkdir()
+        except FileExistsError:
+            continue
+        return run
+    raise AssertionError("count() does not end")
+
+
+def _point_latest_to(run: Path, root: Path) -> None:
+    latest = root / "latest"
+    fresh = root / f".latest-{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(run.relative_to(root), target_is_directory=True)
+    try:
+        os.replace(fresh, latest)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
