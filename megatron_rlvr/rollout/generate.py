@@ -38,9 +38,13 @@ PROGRESS_EVERY_S = 0.2
 
 
 class PromptSource(Protocol):
-    """An endless stream of training prompts in an order fixed by its seed."""
+    """An endless stream of training prompts, numbered, in an order fixed by its seed."""
 
-    def next(self, count: int) -> list[Prompt]: ...
+    num_too_long: int
+    """Problems left out since the start."""
+    num_broken: int
+
+    def next(self, num_prompts: int) -> list[tuple[int, Prompt]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -126,7 +130,6 @@ class RolloutGenerator:
         """Where responses come from; set before the first batch."""
         self._verifier, self._stream, self._validation = verifier, stream, validation
         self._rollout, self._evaluation, self._overlong, self._seed = rollout, evaluation, overlong, seed
-        self._next_index = 0
         self._surplus: list[RolloutGroup] = []
         self._acceptance = 1.0
 
@@ -134,14 +137,12 @@ class RolloutGenerator:
         """Data order, surplus groups and expected acceptance; pickles."""
         return {
             "stream": self._stream.state_dict(),
-            "next_index": self._next_index,
             "surplus": list(self._surplus),
             "acceptance": self._acceptance,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._stream.load_state_dict(state["stream"])
-        self._next_index = state["next_index"]
         self._surplus = list(state["surplus"])
         self._acceptance = state["acceptance"]
 
@@ -190,10 +191,8 @@ class RolloutGenerator:
             while not selector.complete:
                 if selector.num_to_draw:
                     prompts = self._stream.next(selector.num_to_draw)
-                    indices = list(range(self._next_index, self._next_index + len(prompts)))
-                    self._next_index += len(prompts)
-                    selector.draw(indices)
-                    for prompt, index in zip(prompts, indices, strict=True):
+                    selector.draw([index for index, _ in prompts])
+                    for index, prompt in prompts:
                         name = f"{run}-s{step}-g{index}"
                         work = self._group(client, prompt, index, sampling, config.group_size, name, tally, report)
                         pending.add(asyncio.create_task(work))
@@ -213,7 +212,10 @@ class RolloutGenerator:
                 step, selector.num_drawn, config.prompts_per_step - selection.num_topped_up,
                 config.prompts_per_step, selection.num_topped_up,
             )  # fmt: skip
-        return RolloutBatch(groups=selection.groups, metrics=_batch_metrics(selection, selector, tally))
+        metrics = _batch_metrics(selection, selector, tally)
+        metrics["data/prompts_too_long"] = self._stream.num_too_long
+        metrics["data/prompts_broken"] = self._stream.num_broken
+        return RolloutBatch(groups=selection.groups, metrics=metrics)
 
     async def evaluate(self, *, policy_version: int, on_progress: OnProgress) -> EvalBatch:
         """Answers to the held-out problems (the first ``eval.max_problems`` of them), in their fixed order.

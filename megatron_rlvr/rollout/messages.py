@@ -128,5 +128,5 @@ class Failure:
     error: str
     """One line: what went wrong."""
     user_mistake: bool
-    """Whether it was a ValueError: a setting or a data file to put right."""
+    """Whether a setting, a data file or a checkpoint is to put right: a ValueError while loading them."""
     traceback: str
