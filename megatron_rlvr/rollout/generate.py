@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from megatron_rlvr.config.schema import EvalConfig, GroupFilter, OverlongConfig, RolloutConfig
+from megatron_rlvr.reward.overlong import overlong_penalty
 from megatron_rlvr.rollout.answer import Sample
 from megatron_rlvr.rollout.client import GenerationClient
 from megatron_rlvr.rollout.messages import Progress, RolloutError, Sampling
@@ -276,26 +277,26 @@ class RolloutGenerator:
         return RolloutGroup(prompt=prompt, rollouts=rollouts, index=index)
 
     async def _judge(self, prompt: Prompt, sample: Sample, tally: _Tally) -> Rollout:
+        overlong = self._overlong
         rollout = Rollout(
             response_ids=sample.output_ids,
             rollout_logprobs=sample.logprobs,
             text=sample.text,
             finish_reason=sample.finish_reason,
             weight_versions=sample.weight_versions,
-            penalty=overlong_penalty(len(sample.output_ids), self._overlong),
         )
+        if overlong.enabled:
+            rollout.penalty = overlong_penalty(
+                len(sample.output_ids),
+                max_length=overlong.max_length,
+                buffer=overlong.buffer,
+                factor=overlong.factor,
+            )
         if rollout.valid:
             score = await self._verifier.score(prompt, sample.text)
             tally.verifier[score.status] += 1
             rollout.correctness, rollout.reward, rollout.verifier_status = score.correctness, score.reward, score.status
         return rollout
-
-
-def overlong_penalty(length: int, config: OverlongConfig) -> float:
-    """DAPO's soft overlong punishment, min(-(length - (max_length - buffer)) / buffer * factor, 0) (spec E3)."""
-    if not config.enabled:
-        return 0.0
-    return min(-(length - (config.max_length - config.buffer)) / config.buffer * config.factor, 0.0)
 
 
 class _Reporter:

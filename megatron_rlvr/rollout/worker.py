@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import select
@@ -106,7 +107,7 @@ class RolloutWorker:
     async def _execute(self, command: Command) -> Any:
         match command:
             case Initialize():
-                return self._initialize(command)
+                return await self._initialize(command)
             case Connect(urls=urls):
                 return await self._connect(urls)
             case Ping():
@@ -122,7 +123,7 @@ class RolloutWorker:
             case _:
                 raise TypeError(f"unknown command {command!r}")
 
-    def _initialize(self, config: Initialize) -> ServiceInfo:
+    async def _initialize(self, config: Initialize) -> ServiceInfo:
         sys.path.extend(path for path in config.import_paths if path not in sys.path)
         problems = load_problems(config.data, config.reward)
         builder = PromptBuilder(
@@ -134,6 +135,7 @@ class RolloutWorker:
         )
         validation, num_dropped = builder.build_all(problems.val)
         self._verifier = VerifierPool(config.reward)
+        await self._verifier.start()
         self._generator = RolloutGenerator(
             verifier=self._verifier,
             stream=PromptStream(problems.train, builder, seed=config.seed),
@@ -144,6 +146,10 @@ class RolloutWorker:
             seed=config.seed,
         )
         self._rollout = config.rollout
+        # A parsed answer is thousands of small lists that are gone at once: collecting at every 700 of them, over all
+        # that has been loaded, took four times as long as parsing (8,192 tokens: 7.4 ms a response, 1.7 ms with this).
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         return ServiceInfo(num_train=len(problems.train), num_val=len(validation), num_dropped_prompts=num_dropped)
 
     async def _connect(self, urls: tuple[str, ...]) -> None:
@@ -177,7 +183,7 @@ class RolloutWorker:
         if self._generator is not None and self._generator.client is not None:
             await self._generator.client.close()
         if self._verifier is not None:
-            self._verifier.close()
+            await self._verifier.close()
 
 
 def watch_trainer(fd: int, trainer_pid: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 from megatron_rlvr.config.schema import EvalConfig, GroupFilter, OverlongConfig, RolloutConfig
 from megatron_rlvr.rollout import client as client_module
 from megatron_rlvr.rollout.client import GenerationClient
-from megatron_rlvr.rollout.generate import RolloutGenerator, overlong_penalty
+from megatron_rlvr.rollout.generate import RolloutGenerator
 from megatron_rlvr.rollout.messages import Progress, RolloutError
 from megatron_rlvr.types import Prompt, RolloutGroup, Score, VerifierStatus
 from tests.fakes.sglang_server import FakeSGLang, Fault
@@ -76,7 +76,7 @@ def prompt(index: int) -> Prompt:
     return Prompt(uid=f"train/{index}", text=f"p{index}", input_ids=ids, answer=None, data_source="planned")
 
 
-def generator(**changes: Any) -> RolloutGenerator:
+def generator(overlong: OverlongConfig | None = None, **changes: Any) -> RolloutGenerator:
     settings = {
         "prompts_per_step": 3,
         "group_size": GROUP_SIZE,
@@ -90,7 +90,7 @@ def generator(**changes: Any) -> RolloutGenerator:
         validation=[prompt(index) for index in range(50, 58)],
         rollout=RolloutConfig(**(settings | changes)),
         evaluation=EvalConfig(num_samples=GROUP_SIZE, temperature=0.5, max_problems=5),
-        overlong=OverlongConfig(),
+        overlong=overlong or OverlongConfig(),
         seed=0,
     )
 
@@ -320,10 +320,13 @@ def test_generation_needs_servers():
         asyncio.run(generator().generate(step=0, policy_version=0, on_progress=ignore))
 
 
-@pytest.mark.parametrize(
-    ("length", "penalty"), [(0, 0.0), (600, 0.0), (601, -0.005), (700, -0.5), (800, -1.0), (1000, -2.0)]
-)
-def test_overlong_penalty_values(length: int, penalty: float):
-    config = OverlongConfig(enabled=True, max_length=800, buffer=200, factor=1.0)
-    assert overlong_penalty(length, config) == pytest.approx(penalty, abs=1e-12)
-    assert overlong_penalty(length, OverlongConfig(enabled=False, max_length=800, buffer=200)) == 0.0
+@pytest.mark.parametrize(("enabled", "penalty"), [(True, -0.5), (False, 0.0)])
+def test_the_overlong_penalty_stays_beside_the_reward(enabled: bool, penalty: float):
+    async def scenario(server: FakeSGLang):
+        made = generator(overlong=OverlongConfig(enabled=enabled, max_length=4, buffer=4, factor=1.0))
+        async with client(server) as made.client:
+            return await made.generate(step=0, policy_version=0, on_progress=ignore)
+
+    with PlannedServer(lambda index: 4) as server:
+        batch = asyncio.run(scenario(server))
+    assert {(r.penalty, r.reward, r.correctness) for g in batch.groups for r in g.rollouts} == {(penalty, 0.75, 1.0)}
