@@ -69,7 +69,7 @@ def vocab_parallel_logprob_entropy(
     temperature = check_positive(temperature, name="temperature")
     if inplace_backward and logits_TV.is_leaf and logits_TV.requires_grad:
         raise ValueError(
-            "inplace_backward must be false for logits_TV that are a leaf (its value would be lost), got true"
+            "inplace_backward must be false where logits_TV are a leaf (their value would be lost), got true"
         )
     return implementation("vocab_parallel_logprob_entropy")(
         logits_TV, targets_T, temperature=temperature, group=group, inplace_backward=inplace_backward

@@ -18,6 +18,8 @@ from megatron_rlvr.ops.backend import register
 
 # Rows are worked on in blocks of about this many logits, so that temporaries stay small and in cache.
 BLOCK_ELEMENTS = 1 << 20
+# e^x is 0 below it in fp32 and fp64; a finite floor keeps 0 * log 0 from being NaN.
+LOG_FLOOR = -1e4
 
 
 @register("vocab_parallel_logprob_entropy", backend="reference")
@@ -59,9 +61,9 @@ class _LogprobEntropy(torch.autograd.Function):
             stats_RT4 = stats_RT4.clone()
             stats_RT4[:, :, 3] = _all_gather(target_T, group, world_size)
         check_targets(targets_T, vocab_size=sum(widths))
-        logprobs_T, entropy_T, log_z_T = merge_statistics(stats_RT4)
-        check_normaliser(log_z_T)
-        ctx.save_for_backward(logits_TV, targets_T, log_z_T, entropy_T)
+        logprobs_T, entropy_T, max_T, log_total_T = merge_statistics(stats_RT4)
+        check_normaliser(max_T, log_total_T)
+        ctx.save_for_backward(logits_TV, targets_T, max_T, log_total_T, entropy_T)
         ctx.temperature = temperature
         ctx.first_column = first_column
         ctx.inplace_backward = inplace_backward
@@ -72,13 +74,14 @@ class _LogprobEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs_T: torch.Tensor, grad_entropy_T: torch.Tensor) -> Any:
         # Reading saved_tensors a second time after writing in place fails autograd's version check, which is how
         # anybody else who still needs the logits is refused.
-        logits_TV, targets_T, log_z_T, entropy_T = ctx.saved_tensors
+        logits_TV, targets_T, max_T, log_total_T, entropy_T = ctx.saved_tensors
         grad_TV = logits_TV if ctx.inplace_backward else torch.empty_like(logits_TV)
         write_logits_gradient(
             grad_TV,
             logits_TV,
             targets_T,
-            log_z_T,
+            max_T,
+            log_total_T,
             entropy_T,
             grad_logprobs_T,
             grad_entropy_T,
@@ -113,17 +116,17 @@ def shard_statistics(
         exp_BV = shifted_BV.exp()
         stats_T4[start:stop, 0] = max_B
         stats_T4[start:stop, 1] = exp_BV.sum(dim=1)
-        # x log x -> 0 at -inf: the clamp keeps e * (x - max) from being 0 * -inf, e is exactly 0 there.
-        stats_T4[start:stop, 2] = exp_BV.mul_(shifted_BV.clamp_min_(torch.finfo(stats_T4.dtype).min)).sum(dim=1)
+        stats_T4[start:stop, 2] = exp_BV.mul_(shifted_BV.clamp_min_(LOG_FLOOR)).sum(dim=1)
     stats_T4[:, 3] = _target_logits(logits_TV, targets_T, temperature=temperature, first_column=first_column)
     return stats_T4
 
 
-def merge_statistics(stats_RT4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def merge_statistics(stats_RT4: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Merges shard statistics in rank order, the same additions on every rank (spec D2).
 
     Returns:
-        log-probs, entropies and log Z, each [T], in nats.
+        log-probs, entropies, M and log S, each [T], in nats. M and log S stay apart: their sum, log Z, would lose
+        the small one to the rounding of a large common offset.
     """
     max_RT, sum_RT, weighted_RT, target_RT = stats_RT4.unbind(dim=2)
     max_T = max_RT.amax(dim=0)
@@ -137,18 +140,18 @@ def merge_statistics(stats_RT4: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         total_T += sum_RT[rank] * factor_T
         weighted_T += (weighted_RT[rank] + offset_T * sum_RT[rank]) * factor_T
     log_total_T = total_T.log()
-    log_z_T = max_T + log_total_T
     # (x_target - M) - log S rather than x_target - log Z: exact under a common offset.
     logprobs_T = (target_RT.amax(dim=0) - max_T) - log_total_T
     entropy_T = log_total_T - weighted_T / total_T
-    return logprobs_T, entropy_T, log_z_T
+    return logprobs_T, entropy_T, max_T, log_total_T
 
 
 def write_logits_gradient(
     grad_TV: torch.Tensor,
     logits_TV: torch.Tensor,
     targets_T: torch.Tensor,
-    log_z_T: torch.Tensor,
+    max_T: torch.Tensor,
+    log_total_T: torch.Tensor,
     entropy_T: torch.Tensor,
     grad_logprobs_T: torch.Tensor,
     grad_entropy_T: torch.Tensor,
@@ -166,9 +169,13 @@ def write_logits_gradient(
     for start, stop in _row_blocks(num_tokens, width):
         g_logprob_B1 = grad_logprobs_T[start:stop, None].to(dtype) * scale
         g_entropy_B1 = grad_entropy_T[start:stop, None].to(dtype) * scale
-        log_p_BV = _scaled(logits_TV[start:stop], temperature).sub_(log_z_T[start:stop, None])
+        log_p_BV = (
+            _scaled(logits_TV[start:stop], temperature)
+            .sub_(max_T[start:stop, None])
+            .sub_(log_total_T[start:stop, None])
+        )
         p_BV = log_p_BV.exp()
-        log_p_BV.clamp_min_(torch.finfo(dtype).min)
+        log_p_BV.clamp_min_(LOG_FLOOR)
         # -p (g_lp + g_H (log p + H))
         block_BV = log_p_BV.add_(entropy_T[start:stop, None]).mul_(g_entropy_B1).add_(g_logprob_B1).mul_(p_BV).neg_()
         column_B = targets_T[start:stop] - first_column
@@ -189,9 +196,9 @@ def check_targets(targets_T: torch.Tensor, *, vocab_size: int) -> None:
         raise ValueError(f"targets_T must be in [0, {vocab_size}), got {low if low < 0 else high}")
 
 
-def check_normaliser(log_z_T: torch.Tensor) -> None:
+def check_normaliser(max_T: torch.Tensor, log_total_T: torch.Tensor) -> None:
     """Raises ValueError where a row of logits has no finite normaliser."""
-    bad_T = ~log_z_T.isfinite()
+    bad_T = ~(max_T.isfinite() & log_total_T.isfinite())
     if bool(bad_T.any()):
         token = int(bad_T.nonzero()[0, 0])
         raise ValueError(
