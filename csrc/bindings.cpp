@@ -6,7 +6,17 @@
 #include <map>
 #include <string>
 
+#include "ops/cpu/vocab_logprob_kernel.h"
+
 namespace {
+
+namespace cpu = megatron_rlvr::vocab_logprob::cpu;
+
+void set_cpu_kernels(const std::string& name) {
+  TORCH_CHECK_VALUE(name == "portable" || name == "avx2" || name == "avx512",
+                    "name must be portable, avx2 or avx512, got ", name);
+  TORCH_CHECK_VALUE(cpu::select_kernels(name.c_str()), "name must be a set that this machine runs, got ", name);
+}
 
 std::map<std::string, std::string> build_info() {
   std::map<std::string, std::string> info;
@@ -25,4 +35,9 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "C++/CUDA ops of megatron_rlvr; see megatron_rlvr.ops for the Python faces.";
   m.def("build_info", &build_info, "How this extension was built: version, torch, cuda (yes or no).");
+  m.def(
+      "cpu_kernels", [] { return std::string(cpu::kernels().name); },
+      "The instruction set of the CPU row kernels in use: portable, avx2 or avx512.");
+  m.def("set_cpu_kernels", &set_cpu_kernels, pybind11::arg("name"),
+        "Chooses the CPU row kernels of this process; ValueError where the machine cannot run them.");
 }
