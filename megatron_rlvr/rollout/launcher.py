@@ -11,7 +11,13 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_rlvr.rollout import lifetime, platform
+from megatron_rlvr.rollout import lifetime
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--parent-pid"]:
+    lifetime.end_with_parent(int(sys.argv[2]))
+    del sys.argv[1:3]
+
+from megatron_rlvr.rollout import platform
 
 platform.install()
 
@@ -20,11 +26,8 @@ def main(argv: list[str]) -> None:
     """Serves until SIGTERM or SIGINT.
 
     Args:
-        argv: SGLang's arguments, after an optional ``--parent-pid PID``.
+        argv: SGLang's arguments.
     """
-    if argv[:1] == ["--parent-pid"]:
-        lifetime.watch_parent(int(argv[1]), lifetime.kill_own_group)
-        argv = argv[2:]
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -1,23 +1,27 @@
-"""Processes that end together: children that notice a dead parent, groups that stop as a whole."""
+"""Processes that end together and leave nothing: neither children, nor sockets, nor shared memory."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PARENT_POLL_S = 0.25
+SHARED_PREFIXES = ("sglang_loads_", "sgl_shm_", "sem.mp-")
+"""Files in /dev/shm that SGLang and multiprocessing make and, when killed, leave."""
 
 
 def watch_parent(parent_pid: int, on_death: Callable[[], None]) -> None:
     """Calls ``on_death`` from a daemon thread once ``parent_pid`` is no longer this process's parent.
 
     Polls rather than using PR_SET_PDEATHSIG, which fires already when the *thread* that started the child ends,
-    and loses a parent that died before the call.
+    and misses a parent that died before the call.
     """
 
     def watch() -> None:
@@ -28,45 +32,83 @@ def watch_parent(parent_pid: int, on_death: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-def kill_own_group() -> None:
-    """SIGKILL to this process and everything it started, if it leads its process group; else to itself."""
-    if os.getpgid(0) == os.getpid():
+def scratch_folder(leader: int) -> Path:
+    """Where the processes led by ``leader`` keep temporary files; SGLang's socket names must stay short."""
+    return Path(tempfile.gettempdir()) / f"rlvr-{os.getuid()}-{leader}"
+
+
+def own_scratch_folder() -> Path:
+    """Makes this process's scratch folder and sends its temporary files, and its children's, there."""
+    folder = scratch_folder(os.getpid())
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = str(folder)
+    return folder
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Makes this process, which leads its group, and all it starts be killed when the parent is gone.
+
+    Also moves its temporary files to a scratch folder that goes with it.
+    """
+    scratch = own_scratch_folder()
+    watch_parent(parent_pid, lambda: _kill_own_group(scratch))
+
+
+def _kill_own_group(scratch: Path) -> None:
+    pid = os.getpid()
+    shared = shared_files(pid)
+    shutil.rmtree(scratch, ignore_errors=True)
+    unlink(shared)
+    if os.getpgid(0) == pid:
         os.killpg(0, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
 
 
-def group_alive(group: int) -> bool:
-    """Whether a live (not zombie) process is left in the process group."""
+def group_members(group: int) -> Iterator[int]:
+    """Live (not zombie) processes of a process group."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
         except (OSError, ValueError):  # ended while we looked
             continue
         if int(pgrp) == group and state not in "ZX":
-            return True
-    return False
+            yield int(stat.parent.name)
 
 
-def stop_group(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
-    """Ends a process that leads its own group, with everything in the group, and reaps it.
-
-    SIGTERM to the leader, SIGKILL to the whole group once the leader is gone or ``grace_s`` has passed.
-    """
-    if process.poll() is None:
-        process.terminate()
+def shared_files(group: int) -> set[Path]:
+    """SGLang's files in /dev/shm that processes of the group have mapped."""
+    files = set()
+    for pid in group_members(group):
         try:
-            process.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            pass
-    kill_group(process)
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:  # ended while we looked
+            continue
+        paths = {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line}
+        files |= {path for path in paths if path.name.startswith(SHARED_PREFIXES)}
+    return files
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the group a process leads, waiting until nothing of it is left."""
+def unlink(files: set[Path]) -> None:
+    """Removes files that may be gone already."""
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def kill_group(process: subprocess.Popen[bytes], *, shared: set[Path] | None = None) -> None:
+    """Ends for good a process that leads its own group: nothing of the group is left on return.
+
+    Args:
+        process: the leader, perhaps dead already.
+        shared: files in /dev/shm known to belong to the group; those mapped now are found anyway.
+    """
+    files = (shared or set()) | shared_files(process.pid)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass  # nothing left of it
     process.wait()
-    while group_alive(process.pid):
+    while any(group_members(process.pid)):
         time.sleep(0.02)
+    unlink(files)
+    shutil.rmtree(scratch_folder(process.pid), ignore_errors=True)

@@ -1,0 +1,226 @@
+"""One SGLang server as weight transfer sees it: the control calls of its HTTP protocol, 0.5.17 to 0.5.23."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rlvr.rollout import wire
+from megatron_rlvr.types import EngineError, TensorMeta
+
+PAUSE_MODES = ("in_place", "retract", "abort")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerInfo:
+    """What a server says about itself."""
+
+    url: str
+    num_ranks: int
+    """Engine ranks that join a weight-update group: its tensor-parallel size."""
+    dp_size: int
+    """SGLang's own replicas (1 with attention DP, which stays inside the tensor-parallel ranks)."""
+    version: str
+    model_path: str
+    weight_version: str
+
+
+def probe(url: str, *, timeout_s: float) -> ServerInfo:
+    """Asks a server who it is.
+
+    Raises:
+        EngineError: it does not answer in time, or is no SGLang server; names the URL.
+    """
+    server = _get_json(url, "/server_info", timeout_s)
+    model = _get_json(url, "/model_info", timeout_s)
+    try:
+        return ServerInfo(
+            url=url.rstrip("/"),
+            num_ranks=int(server["tp_size"]),
+            dp_size=1 if server["enable_dp_attention"] else int(server["dp_size"]),
+            version=server["version"],
+            model_path=model["model_path"],
+            weight_version=model["weight_version"],
+        )
+    except KeyError as error:
+        raise EngineError(f"{url} is not an SGLang server: its server_info has no {error}") from error
+
+
+class HttpEngine:
+    """The `Engine` protocol of weight transfer, spoken over HTTP. Calls block; each carries a deadline.
+
+    Args:
+        url: ``http://host:port`` of the server itself, not of a router.
+        num_ranks: its engine ranks, from `probe`.
+        timeout_s: deadline of every call.
+
+    Example:
+        >>> engine = HttpEngine("http://127.0.0.1:30000", num_ranks=1, timeout_s=300)
+        >>> engine.pause("retract"); engine.begin_update(); ...; engine.end_update(); engine.resume()
+    """
+
+    def __init__(self, url: str, *, num_ranks: int, timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self.num_ranks = num_ranks
+        self._timeout_s = timeout_s
+        self._has_sessions: bool | None = None
+        self._pause_mode: str | None = None
+
+    def pause(self, mode: str) -> None:
+        """Stops generation; returns when nothing is being computed.
+
+        Args:
+            mode: ``in_place`` holds running requests with their KV cache, ``retract`` sends them back to the queue to
+                be prefilled anew, ``abort`` ends them.
+        """
+        if mode not in PAUSE_MODES:
+            raise ValueError(f"pause mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+        self._post("/pause_generation", {"mode": mode})
+        self._pause_mode = mode
+
+    def resume(self) -> None:
+        """Lets generation go on; harmless when nothing is paused."""
+        self._post("/continue_generation", {})
+        self._pause_mode = None
+
+    def begin_update(self) -> None:
+        """Opens a weight update; servers before 0.5.21 have no such call, which is found out once."""
+        self._session_call("/begin_weight_update", {"selector": "all"})
+
+    def end_update(self) -> None:
+        """Closes a weight update."""
+        self._session_call("/end_weight_update", {})
+
+    def init_group(
+        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Makes the server's ranks join a process group; blocks until all of the group's ranks have come.
+
+        Engine rank i becomes rank ``rank_offset + i``. A rendezvous that the others never join blocks the server's
+        scheduler for half an hour: after an error here, restart the server.
+        """
+        body = {
+            "master_address": master_address,
+            "master_port": master_port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+            "group_name": group_name,
+            "backend": backend,
+        }
+        self._post("/init_weights_update_group", body)
+
+    def destroy_group(self, group_name: str) -> None:
+        """Makes the server's ranks leave a process group."""
+        self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    def update_from_distributed(
+        self, metas: Sequence[TensorMeta], *, group_name: str, weight_version: int | None
+    ) -> None:
+        """Receives one flattened bucket: one uint8 broadcast from rank 0 of the tensors in the order of ``metas``.
+
+        Args:
+            metas: names, dtypes and shapes.
+            group_name: of `init_group`.
+            weight_version: set on success; None leaves the version (all buckets but the last).
+        """
+        body = {
+            "names": [meta.name for meta in metas],
+            "dtypes": [meta.dtype for meta in metas],
+            "shapes": [list(meta.shape) for meta in metas],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            # only the last bucket makes the cached prefixes stale for good
+            "flush_cache": weight_version is not None and self._can_flush(),
+            "weight_version": None if weight_version is None else str(weight_version),
+        }
+        self._post("/update_weights_from_distributed", body)
+
+    def update_from_disk(self, path: str, *, weight_version: int) -> None:
+        """Loads all weights from a Hugging Face folder that the server can read."""
+        body = {"model_path": path, "weight_version": str(weight_version), "flush_cache": self._can_flush()}
+        self._post("/update_weights_from_disk", body)
+
+    def set_weight_version(self, version: int) -> None:
+        """Sets the version without touching weights or requests."""
+        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    def weight_version(self) -> str:
+        """The version the server reports, ``"0"`` on local servers that have had no update."""
+        return str(_get_json(self.url, "/model_info", self._timeout_s)["weight_version"])
+
+    def weights_checksum(self) -> str:
+        """A checksum of all weights as the engine holds them: equal exactly when bits, names and layout are equal."""
+        answer = self._post("/weights_checker", {"action": "checksum"})
+        return str(answer["per_engine_checksum"])
+
+    def flush_cache(self) -> None:
+        """Drops cached prefixes; refused while requests run or are held in place."""
+        self._post("/flush_cache", {})
+
+    def _can_flush(self) -> bool:
+        # requests held in place keep their KV cache, and a scheduler whose flush fails dies of an assertion
+        return self._pause_mode != "in_place"
+
+    def _session_call(self, path: str, body: dict[str, Any]) -> None:
+        if self._has_sessions is False:
+            return
+        status, raw = self._send(path, body)
+        if status == 404 and self._has_sessions is None:
+            self._has_sessions = False
+            return
+        self._check(path, status, raw)
+        self._has_sessions = True
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        status, raw = self._send(path, body)
+        return self._check(path, status, raw)
+
+    def _send(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        try:
+            return wire.request(self.url, "POST", path, body=body, timeout_s=self._timeout_s)
+        except wire.WireError as error:
+            raise EngineError(str(error)) from error
+
+    def _check(self, path: str, status: int, raw: bytes) -> dict[str, Any]:
+        answer = _parse(raw)
+        if status != 200 or answer.get("success") is False:
+            raise EngineError(f"POST {self.url}{path}: HTTP {status}: {_message(answer, raw)}")
+        if not answer and path not in TEXT_ANSWERS:
+            raise EngineError(f"POST {self.url}{path}: HTTP 200 with an answer that is not JSON: {raw[:200]!r}")
+        return answer
+
+
+TEXT_ANSWERS = ("/flush_cache",)
+"""Endpoints that answer in plain text."""
+
+
+def _get_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:
+    try:
+        status, raw = wire.request(url, "GET", path, timeout_s=timeout_s)
+    except wire.WireError as error:
+        raise EngineError(str(error)) from error
+    answer = _parse(raw)
+    if status != 200 or not answer:
+        raise EngineError(f"GET {url}{path}: HTTP {status}: {_message(answer, raw)}")
+    return answer
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """The JSON object in an answer; empty when there is none."""
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _message(answer: dict[str, Any], raw: bytes) -> str:
+    """The server's own words, in whichever of its forms."""
+    for candidate in (answer.get("message"), answer.get("error"), answer.get("detail")):
+        if isinstance(candidate, dict):
+            candidate = candidate.get("message")
+        if candidate:
+            return str(candidate)
+    return raw[:500].decode(errors="replace") or "empty answer"
