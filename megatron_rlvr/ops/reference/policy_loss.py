@@ -165,7 +165,11 @@ def _kl_cov(terms: _Terms, chosen_T: torch.Tensor, options: Options) -> tuple[to
     elif kind == "k2":
         kl_T = logratio_T.square() / 2
     else:
-        kl_T = torch.expm1(logratio_T) - logratio_T
+        # Its derivative e^lr - 1 is put in as one number: left to autograd, (e^lr) - (1) is added up separately and
+        # rounds to something other than 0 on policy.
+        value_T = logratio_T.detach()
+        slope_T = torch.expm1(value_T)
+        kl_T = slope_T - value_T + slope_T * (logratio_T - value_T)
     penalty_T = torch.where(chosen_T, _number(options, "beta") * kl_T, 0.0)
     metrics: Metrics = {"cov/kl_penalty": _mean(penalty_T.detach(), chosen_T)}
     return -terms.advantages_T * logratio_T.exp() + penalty_T, metrics
