@@ -76,7 +76,6 @@ class QaeMask(Enum):
     none = "none"
 
 
-
 class CovScope(Enum):
     minibatch = "minibatch"
     micro = "micro"
@@ -101,7 +100,7 @@ class OpsBackend(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ScratchModelConfig:
-    """A small model made in the run: Qwen3-shaped, with a character tokenizer. Used when `model.path` is null."""
+    """A small model made in the run: Qwen3-shaped, with a tokenizer trained on the task's text."""
 
     hidden_size: int = 256
     intermediate_size: int = 768
@@ -109,8 +108,8 @@ class ScratchModelConfig:
     num_heads: int = 8
     num_kv_heads: int = 4
     head_dim: int = 32
-    characters: str = "0123456789+-*/()=. \n"
-    """Every character of the task's prompts and answers."""
+    vocab_size: int = 512
+    """Upper bound; 256 bytes, two special tokens, and pieces learnt from the task's text."""
     tie_embeddings: bool = True
     max_position_embeddings: int = 512
 
@@ -205,6 +204,8 @@ class RewardConfig:
     num_workers: int = 2
     timeout_s: float = 10.0
     """Hard wall-clock limit of one verification."""
+    memory_limit_mb: int = 2048
+    """Address space one verification may take, beyond what the loaded verifier has; MiB."""
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
 
 
@@ -215,12 +216,18 @@ class ServerConfig:
     num_servers: int = 1
     tp: int = 1
     dp: int = 1
+    """Data-parallel replicas of each server. Each is an SGLang process with a URL of its own: SGLang refuses weight
+    updates over a process group when its own dp_size is above 1."""
     dtype: DType | None = None
     """Defaults to model.dtype."""
     host: str = "127.0.0.1"
     mem_fraction: float = 0.8
     max_total_tokens: int | None = None
+    """KV cache slots. Null: what fits on a GPU, 16384 on a CPU."""
     max_running_requests: int | None = None
+    """Null: SGLang's choice on a GPU, 64 on a CPU."""
+    base_gpu_id: int = 0
+    """First GPU of the local servers; engine i takes `tp` GPUs from base_gpu_id + i * tp."""
     startup_timeout_s: float = 600.0
     max_restarts: int = 3
     router: bool = False
@@ -235,6 +242,8 @@ class RolloutConfig:
     """Running servers; empty: the trainer starts `server.num_servers` of its own."""
     router_url: str | None = None
     """Router before `urls`; generation goes through it, control calls go to the servers."""
+    discovery: str | None = None
+    """Folder in which `megatron_rlvr.serve` writes where its servers are (servers.json)."""
     server: ServerConfig = field(default_factory=ServerConfig)
     prompts_per_step: int = 16
     group_size: int = 16
