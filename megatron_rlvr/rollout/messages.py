@@ -65,8 +65,6 @@ class Initialize:
     evaluation: EvalConfig
     tokenizer_path: str
     seed: int
-    import_paths: tuple[str, ...]
-    """The trainer's ``sys.path``, so that a reward by dotted path is found here too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

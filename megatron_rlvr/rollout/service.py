@@ -85,7 +85,6 @@ class RolloutService:
             evaluation=evaluation,
             tokenizer_path=tokenizer_path,
             seed=seed,
-            import_paths=tuple(sys.path),
         )
         self._urls = tuple(urls)
         self._log_path = log_path
@@ -121,8 +120,13 @@ class RolloutService:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                # Some reasoning-gym families iterate over sets of strings: a fixed hash seed makes them repeat.
-                env={**os.environ, "PYTHONHASHSEED": "0"},
+                env={
+                    **os.environ,
+                    # what the trainer can import, such as a reward by dotted path, can be imported there
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    # some reasoning-gym families iterate over sets of strings: a fixed hash seed makes them repeat
+                    "PYTHONHASHSEED": "0",
+                },
                 # Its own group: Ctrl-C does not reach it, and its verifiers can be ended with it.
                 start_new_session=True,
             )

@@ -13,7 +13,6 @@ import logging
 import os
 import select
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -124,7 +123,6 @@ class RolloutWorker:
                 raise TypeError(f"unknown command {command!r}")
 
     async def _initialize(self, config: Initialize) -> ServiceInfo:
-        sys.path.extend(path for path in config.import_paths if path not in sys.path)
         problems = load_problems(config.data, config.reward)
         builder = PromptBuilder(
             Tokenizer.load(config.tokenizer_path),
