@@ -178,7 +178,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["megatron_rlvr", "megatron_rlvr.*"]), "megatron_rlvr.configs"],
     package_dir={"megatron_rlvr": "megatron_rlvr", "megatron_rlvr.configs": "configs"},
-    package_data={"megatron_rlvr.configs": ["*.yaml", "**/*.yaml"], "megatron_rlvr": ["py.typed"]},
+    package_data={"megatron_rlvr.configs": ["*.yaml", "**/*.yaml"], "megatron_rlvr": ["py.typed", "report/page.*"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     ext_modules=[extension],

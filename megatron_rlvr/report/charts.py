@@ -16,6 +16,8 @@ WIDTH, HEIGHT = 400.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
 MAX_POINTS = 600
 """More steps than this are thinned for drawing (the file of metrics keeps all)."""
+MARKS_UP_TO = 60
+"""Marks and error bars are left out where there are more; they would cover the line."""
 SMOOTH_FROM = 30
 """From this many points on a moving average is drawn over the pale values."""
 
@@ -74,19 +76,21 @@ def number(value: float) -> str:
     """Three significant digits, thousands as k and M.
 
     Example:
-        >>> number(12345.0), number(0.01234), number(0.0000012)
-        ('12.3k', '0.0123', '1.2e-06')
+        >>> number(12345.0), number(-0.01234), number(0.0000012)
+        ('12.3k', '−0.0123', '1.2e−06')
     """
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
-    if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    if size >= 100:
-        return f"{value:.0f}"
-    if size >= 1e-3 or value == 0:
-        return f"{value:.3g}"
-    return f"{value:.1e}"
+        text = f"{value / 1e6:.3g}M"
+    elif size >= 1e4:
+        text = f"{value / 1e3:.3g}k"
+    elif size >= 100:
+        text = f"{value:.0f}"
+    elif size >= 1e-3 or value == 0:
+        text = f"{value:.3g}"
+    else:
+        text = f"{value:.1e}"
+    return text.replace("-", "−")
 
 
 def moving_average(values: Values, window: int) -> list[float | None]:
@@ -202,13 +206,18 @@ def draw(chart: Chart) -> str:
 def _grid(chart: Chart, x: _Axis, y: _Axis, low: float, high: float) -> str:
     parts = []
     for tick in _value_ticks(chart, low, high):
-        text = f"{tick * 100:g}%" if chart.percent else (f"{tick:.0e}" if chart.log else number(tick))
+        text = f"{tick * 100:g}%" if chart.percent else (_power_of_ten(tick) if chart.log else number(tick))
         parts.append(f'<line class="grid" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6:g}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{text}</text>')
     for tick in _ticks(chart.steps[0], max(chart.steps[-1], chart.steps[0] + 1), 5):
         if tick == int(tick):
-            parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 8:g}" text-anchor="middle">{int(tick)}</text>')
+            anchor = "end" if x(tick) > WIDTH - RIGHT - 12 else "middle"
+            parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 8:g}" text-anchor="{anchor}">{int(tick)}</text>')
     return "".join(parts)
+
+
+def _power_of_ten(value: float) -> str:
+    return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _lines(chart: Chart, x: _Axis, y: _Axis) -> str:
@@ -223,7 +232,7 @@ def _lines(chart: Chart, x: _Axis, y: _Axis) -> str:
             parts.append(_line(chart, series, moving_average(visible, drawn // 15), x, y, pale=False))
         else:
             parts.append(_line(chart, series, visible, x, y, pale=series.pale))
-        if chart.points or drawn == 1:
+        if (chart.points and drawn < MARKS_UP_TO) or drawn == 1:
             parts.append(_marks(chart, series, x, y))
     return "".join(parts)
 

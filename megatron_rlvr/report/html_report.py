@@ -111,9 +111,9 @@ def _footer(rows: Sequence[Row]) -> str:
 def _tiles(rows: Sequence[Row]) -> str:
     tiles = [
         _accuracy_tile(rows),
-        _trend_tile(rows, "reward/mean", "Training reward", number),
-        _trend_tile(rows, "entropy/mean", "Entropy", number, unit="nats a token"),
-        _mean_tile(rows, "advantage/zero_fraction", "Zero-advantage share", lambda v: f"{v:.0%}"),
+        _trend_tile(rows, "reward/mean", "Training reward"),
+        _trend_tile(rows, "entropy/mean", "Entropy", unit="nats a token"),
+        _mean_tile(rows, "advantage/zero_fraction", "Zero advantage", lambda v: f"{v:.0%}"),
         _time_tile(rows),
         _mean_tile(rows, "tokens_per_s", "Throughput", number, unit="tokens/s"),
     ]
@@ -141,14 +141,14 @@ def _accuracy_tile(rows: Sequence[Row]) -> str:
     return _tile("Held-out accuracy", value if len(measured) > 1 else f"{last['eval/accuracy']:.1%}", below, main=True)
 
 
-def _trend_tile(rows: Sequence[Row], key: str, heading: str, form: Any, unit: str = "") -> str:
+def _trend_tile(rows: Sequence[Row], key: str, heading: str, unit: str = "") -> str:
     seen = _present(rows, key)
     if not seen:
         return ""
     width = min(ENDS, max(1, len(seen) // 2))
     start, end = statistics.fmean(seen[:width]), statistics.fmean(seen[-width:])
     below = unit or (f"means of {width} steps" if width > 1 else "first and last step")
-    return _tile(heading, f"{form(start)} → {form(end)}", below)
+    return _tile(heading, f"{start:.2f} → {end:.2f}", below)
 
 
 def _mean_tile(rows: Sequence[Row], key: str, heading: str, form: Any, unit: str = "") -> str:
@@ -259,10 +259,10 @@ def _figure(chart: Chart) -> str:
     latest = next((v for v in reversed(main.values) if v is not None), None)
     if chart.stacked:
         latest = sum(next((v for v in reversed(s.values) if v is not None), 0.0) for s in chart.series)
-    below = f"<p>{escape(chart.note)}</p>" if chart.note else ""
-    if len(chart.series) > 1:
-        keys = "".join(f'<span class="c{s.color}">{escape(s.label)}</span>' for s in chart.series)
-        below += f'<div class="legend">{keys}</div>'
+    keys = [f'<span class="key c{s.color}">{escape(s.label)}</span>' for s in chart.series if len(chart.series) > 1]
+    if chart.note:
+        keys.append(f"<span>{escape(chart.note)}</span>")
+    below = f'<p class="legend">{"".join(keys)}</p>' if keys else ""
     heading = f"<h3>{escape(chart.title)}</h3><b>{escape(chart.format(latest))}</b>"
     return f'<figure class="card"><figcaption>{heading}</figcaption>{below}{draw(chart)}</figure>'
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from itertools import count
 from pathlib import Path
 
 RESOLVED_CONFIG = "config.yaml"
@@ -35,29 +34,28 @@ def run_directory(output_dir: str | Path, experiment_name: str) -> Path:
         run = _claim(root / experiment_name)
         _point_latest_to(run, root)
     except OSError as error:
-        raise ValueError(
-            f"output_dir must be a folder that can be written, got {str(output_dir)!r}: {error}"
-        ) from error
+        raise ValueError(f"output_dir must be a folder to write in, got {str(output_dir)!r}: {error}") from error
     return run
 
 
 def _claim(parent: Path) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     stem = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for number in count(1):
-        run = parent / (stem if number == 1 else f"{stem}-{number}")
+    run, number = parent / stem, 1
+    while True:
         try:
             run.mkdir()
         except FileExistsError:
-            continue
-        return run
-    raise AssertionError("count() does not end")
+            number += 1
+            run = parent / f"{stem}-{number}"
+        else:
+            return run
 
 
 def _point_latest_to(run: Path, root: Path) -> None:
     latest = root / "latest"
-    fresh = root / f".latest-{os.getpid()}"
-    fresh.unlink(missing_ok=True)
+    # The claimed name keeps starts on other machines of the same file system apart.
+    fresh = root / f".latest-{run.parent.name}-{run.name}"
     fresh.symlink_to(run.relative_to(root), target_is_directory=True)
     try:
         os.replace(fresh, latest)
