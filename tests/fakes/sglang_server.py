@@ -15,26 +15,16 @@ import hashlib
 import json
 import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from aiohttp import web
 
+from tests.fakes.generation import Generation, NextToken, Running, hashed_token
 from tests.fakes.weight_group import WeightGroup
-
-SAMPLING_FIELDS = {
-    "max_new_tokens", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
-    "repetition_penalty", "min_new_tokens", "stop", "stop_token_ids", "stop_regex", "ignore_eos",
-    "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "logit_bias", "sampling_seed",
-    "json_schema", "regex", "ebnf", "custom_params",
-}  # fmt: skip
-
-NextToken = Callable[[Sequence[int], int, int], tuple[int, float]]
-"""(token ids so far, prompt included; sample index; weight version as counted by updates) -> (token id, log-prob)."""
 
 
 class Fault(Enum):
@@ -71,21 +61,7 @@ class _Fault:
     delay_s: float
 
 
-@dataclass(kw_only=True, slots=True)
-class _Running:
-    rid: str
-    aborted: bool = False
-    spans: list[list[Any]] = field(default_factory=list)
-
-
-def hashed_token(context: Sequence[int], sample: int, updates: int, *, vocab_size: int = 100) -> tuple[int, float]:
-    """A pseudo-random token id in [2, vocab_size) and a log-prob in (-4, 0), fixed by the arguments."""
-    digest = hashlib.blake2b(repr((list(context), sample, updates)).encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "big")
-    return 2 + number % (vocab_size - 2), -((number >> 32) % 4000) / 1000.0 - 1e-3
-
-
-class FakeSGLang:
+class FakeSGLang(Generation):
     """An SGLang server that generates from a function.
 
     Args:
@@ -134,7 +110,7 @@ class FakeSGLang:
         """Most /generate requests ever answered at once."""
         self.pause_mode: str | None = None
         self._faults: dict[str, _Fault] = {}
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, Running] = {}
         self._groups: dict[str, WeightGroup | None] = {}
         self._session_open = False
         self._port = port
@@ -223,7 +199,7 @@ class FakeSGLang:
         handler = getattr(self, "_on_" + path.removeprefix("get_"), None)
         if handler is None or (not self.session_endpoints and path in {"begin_weight_update", "end_weight_update"}):
             return web.json_response({"detail": "Not Found"}, status=404)
-        return await handler(body)
+        return await handler(body, request) if path == "generate" else await handler(body)
 
     async def _misbehave(self, path: str, request: web.Request) -> web.StreamResponse | None:
         key = path if path in self._faults else "*"
@@ -279,131 +255,6 @@ class FakeSGLang:
                 "version": self.version,
             }
         )
-
-    # generation
-
-    async def _on_generate(self, body: dict[str, Any]) -> web.Response:
-        self._in_flight += 1
-        self.max_in_flight = max(self.max_in_flight, self._in_flight)
-        try:
-            return await self._generate(body)
-        finally:
-            self._in_flight -= 1
-
-    async def _generate(self, body: dict[str, Any]) -> web.Response:
-        if ("text" in body) == ("input_ids" in body):
-            return _bad_request("Either text or input_ids should be provided, but not both.")
-        given = body["text"] if "text" in body else body["input_ids"]
-        batched = isinstance(given, list) and bool(given) and isinstance(given[0], (list, str))
-        prompts = given if batched else [given]
-        params = body.get("sampling_params") or {}
-        params_of = params if isinstance(params, list) else [params] * len(prompts)
-        if any(set(p) - SAMPLING_FIELDS for p in params_of):
-            return web.Response(text="Internal Server Error", status=500)
-        for p in params_of:
-            if p.get("temperature", 1.0) < 0.0:
-                return _bad_request(f"temperature must be non-negative, got {p['temperature']}.")
-            if not 0.0 < p.get("top_p", 1.0) <= 1.0:
-                return _bad_request(f"top_p must be in (0, 1], got {p['top_p']}.")
-        rid = body.get("rid")
-        jobs = []
-        for row, (prompt, p) in enumerate(zip(prompts, params_of, strict=True)):
-            ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            for sample in range(p.get("n", 1)):
-                own = rid[row] if isinstance(rid, list) else f"{rid}_{row}" if rid and batched else rid
-                # with n > 1 the real server makes up new ids, so that an abort by rid misses
-                name = own if own and p.get("n", 1) == 1 else uuid.uuid4().hex
-                jobs.append(self._sample(ids, p, sample, name, bool(body.get("return_logprob"))))
-        answers = await asyncio.gather(*jobs)
-        return web.json_response(answers if len(answers) > 1 or batched else answers[0])
-
-    async def _sample(
-        self, prompt: list[int], params: dict[str, Any], sample: int, rid: str, with_logprobs: bool
-    ) -> dict[str, Any]:
-        started = time.monotonic()
-        running = self._running[rid] = _Running(rid=rid)
-        limit = params.get("max_new_tokens", 128)
-        stops = params.get("stop") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        stop_ids = set(params.get("stop_token_ids") or [])
-        if self.eos_token_id is not None and not params.get("ignore_eos"):
-            stop_ids.add(self.eos_token_id)
-        output: list[int] = []
-        logprobs: list[float] = []
-        reason: dict[str, Any] = {"type": "length", "length": limit}
-        try:
-            while len(output) < limit:
-                await self._unpaused.wait()
-                await asyncio.sleep(self.token_delay_s)
-                if running.aborted:
-                    reason = {"type": "abort", "message": "Abort in decode"}
-                    break
-                if not self._unpaused.is_set():
-                    continue
-                variant = 0 if params.get("temperature", 1.0) == 0.0 else sample
-                token, logprob = self.next_token([*prompt, *output], variant, self.updates)
-                self._extend_span(running, len(output))
-                output.append(token)
-                logprobs.append(logprob)
-                if token in stop_ids:
-                    reason = {"type": "stop", "matched": token}
-                    break
-                if stop := next((s for s in stops if s in self.decode(output)), None):
-                    reason = {"type": "stop", "matched": stop}
-                    break
-        finally:
-            del self._running[rid]
-        text = self.decode([t for t in output if t != self.eos_token_id])
-        if isinstance(reason.get("matched"), str) and not params.get("no_stop_trim"):
-            text = text[: text.index(reason["matched"])]
-        meta: dict[str, Any] = {
-            "id": rid,
-            "finish_reason": reason,
-            "prompt_tokens": len(prompt),
-            "completion_tokens": len(output),
-            "cached_tokens": 0,
-            "weight_version": self.weight_version,
-            "num_retractions": 0,
-            "e2e_latency": time.monotonic() - started,
-        }
-        if self.version_spans:
-            meta["weight_versions"] = [dict(zip(("version", "start", "end"), s, strict=True)) for s in running.spans]
-        if with_logprobs:
-            meta["output_token_logprobs"] = [[lp, t, None] for lp, t in zip(logprobs, output, strict=True)]
-            meta["input_token_logprobs"] = []
-        return {"text": text, "output_ids": output, "meta_info": meta}
-
-    def _extend_span(self, running: _Running, position: int) -> None:
-        if running.spans and running.spans[-1][0] == self.weight_version:
-            running.spans[-1][2] = position + 1
-        else:
-            running.spans.append([self.weight_version, position, position + 1])
-
-    async def _on_abort_request(self, body: dict[str, Any]) -> web.Response:
-        for running in self._running.values():
-            if body.get("abort_all") or running.rid == body.get("rid"):
-                running.aborted = True
-        return web.Response()
-
-    async def _on_pause_generation(self, body: dict[str, Any]) -> web.Response:
-        self.pause_mode = body.get("mode", "abort")
-        if self.pause_mode == "abort":
-            for running in self._running.values():
-                running.aborted = True
-            while self._running:
-                await asyncio.sleep(0.001)
-        self._unpaused.clear()
-        return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
-
-    async def _on_continue_generation(self, body: dict[str, Any]) -> web.Response:
-        self.pause_mode = None
-        self._unpaused.set()
-        return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
-
-    async def _on_flush_cache(self, body: dict[str, Any]) -> web.Response:
-        if self._running and self.pause_mode != "retract":
-            return web.Response(text="Flush cache failed.\n", status=400)
-        return web.Response(text="Cache flushed.\n")
 
     # weights
 
@@ -481,7 +332,3 @@ class FakeSGLang:
 
 def _verdict(success: bool, message: str) -> web.Response:
     return web.json_response({"success": success, "message": message}, status=200 if success else 400)
-
-
-def _bad_request(message: str) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=400)
