@@ -128,6 +128,7 @@ class ShardedWriter:
         self._done = self._read_journals()
         self._handles: dict[str, int] = {}
         self._journal = (self._partial / _JOURNAL.format(rank=rank)).open("a", encoding="utf-8")
+        self._journal.write("\n")  # ends a name that a crash cut off
 
     def __enter__(self) -> ShardedWriter:
         return self
