@@ -5,6 +5,7 @@ T packed tokens, S sequences, H heads, C head dimension.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class AttentionPlan:
             cu_seqlens: int32 [S+1] borders.
         """
         borders = cu_seqlens.tolist()
-        starts, lengths = borders[:-1], [b - a for a, b in zip(borders[:-1], borders[1:], strict=True)]
+        starts, lengths = borders[:-1], [b - a for a, b in itertools.pairwise(borders)]
         order = sorted((s for s in range(len(lengths)) if lengths[s]), key=lambda s: (-lengths[s], s))
         groups: list[list[int]] = []
         used = 0

@@ -20,11 +20,6 @@ from megatron_rlvr.weights.hf_config import ModelShape
 TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Vocabulary rows after padding to equal shards; the padding's logits are masked, not trained."""
-    return math.ceil(vocab_size / tp) * tp
-
-
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration for a shape; every fusion that needs a GPU is off without one."""
     dtype = TORCH_DTYPE[model.dtype]
@@ -43,7 +38,6 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
             "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
             "moe_router_load_balancing_type": "none",
             "moe_router_pre_softmax": not shape.norm_topk_prob,
-            "moe_token_dispatcher_type": "alltoall" if pipelined or gpu else "allgather",
             "moe_grouped_gemm": uses_transformer_engine(),
             "moe_permute_fusion": False,
         }
@@ -74,6 +68,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         pipeline_dtype=dtype,
         bf16=model.dtype is DType.bf16,
         variable_seq_lengths=pipelined,
+        # Megatron checks this field of dense models too.
+        moe_token_dispatcher_type="alltoall" if pipelined or gpu else "allgather",
         # batch_p2p_comm together with virtual stages is silently wrong on gloo.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.vpp > 1,
@@ -106,8 +102,14 @@ def _llama3_inv_freq(shape: ModelShape) -> torch.Tensor:
     return inv_freq * (keep + (1.0 - keep) / scaling.factor)
 
 
-def build_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> list[torch.nn.Module]:
-    """This rank's model chunks (one, or `parallel.vpp`), uninitialised, on the training device in the model's dtype."""
+def build_chunks(
+    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, *, padded_vocab_size: int
+) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or `parallel.vpp`), uninitialised, on the training device in the model's dtype.
+
+    Args:
+        padded_vocab_size: rows of the embedding, a multiple of `parallel.tp`; padding's logits are masked later.
+    """
     chunks: list[torch.nn.Module] = []
     for vp_stage in range(parallel.vpp):
         config = transformer_config(shape, model, parallel)
@@ -115,7 +117,7 @@ def build_chunks(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(config, vp_stage=stage),
-            vocab_size=padded_vocab_size(shape.vocab_size, parallel.tp),
+            vocab_size=padded_vocab_size,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),

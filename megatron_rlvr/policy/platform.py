@@ -166,7 +166,7 @@ def _replace_random_states() -> None:
 
 
 def _replace_moe_gaps() -> None:
-    """Two holes of the mixture-of-experts code off the GPU: a name missing without TE, and numpy wanted of a CPU tensor."""
+    """Two holes of the expert code off the GPU: a name missing without TE, and numpy wanted of a CPU tensor."""
     moe_utils = sys.modules.get("megatron.core.transformer.moe.moe_utils")
     if moe_utils is not None and not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ ranks follow server by server. nccl between GPUs, gloo between CPUs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -99,21 +99,19 @@ class BroadcastTransport:
                 for engine in self.engines
             ]
             self._broadcast(bucket.flat, replies)
-            for reply in replies:
-                reply.result()
             stats.num_bytes += bucket.flat.nbytes
             stats.num_buckets += 1
         return stats
 
-    def _broadcast(self, flat: torch.Tensor, replies: list) -> None:
+    def _broadcast(self, flat: torch.Tensor, replies: list[Future[None]]) -> None:
+        """Sends one bucket; a server's refusal ends the wait at once instead of at the collective's time-out."""
         work = dist.broadcast(flat, src=0, group=self.group, async_op=True)
-        try:
-            work.wait()
-        except RuntimeError as error:
-            for reply in replies:
-                if reply.done() and (reason := reply.exception()) is not None:
-                    raise EngineError(f"broadcast to {self.name} failed: {reason}") from error
-            raise EngineError(f"broadcast to {self.name} failed: {error}") from error
+        done, late = wait(replies, timeout=self.timeout_s, return_when=FIRST_EXCEPTION)
+        for reply in done:
+            reply.result()
+        if late:
+            raise EngineError(f"broadcast to {self.name}: no answer of {len(late)} server(s) in {self.timeout_s:g} s")
+        work.wait()
 
     def close(self) -> None:
         """Leaves the group on both sides; servers that are gone are left alone."""

@@ -1,0 +1,174 @@
+"""Checks of a configuration against itself, the model and the world, before anything is started."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from megatron_rlvr.advantage import ESTIMATORS, validate_advantage
+from megatron_rlvr.config.schema import (
+    DType,
+    EvalConfig,
+    GroupFilter,
+    OpsBackend,
+    RolloutConfig,
+    RunConfig,
+    Schedule,
+    Transport,
+    WarmStartConfig,
+)
+from megatron_rlvr.loss import LOSSES, validate_loss
+from megatron_rlvr.loss.aggregation import AGGREGATIONS
+from megatron_rlvr.ops import backend
+from megatron_rlvr.weights.hf_config import ModelShape
+from megatron_rlvr.weights.layout import Layout
+
+
+def check_config(config: RunConfig, *, world_size: int) -> list[str]:
+    """Refuses what cannot work or would be ignored.
+
+    Returns:
+        Warnings worth a line at start-up.
+
+    Raises:
+        ValueError: naming the field, what it must be and what it was.
+    """
+    _check_model_source(config)
+    _check_layout(config, world_size)
+    _check_numbers(config)
+    _check_rollout(config.rollout)
+    _check_warm_start(config.warm_start, scratch=config.model.scratch is not None)
+    ESTIMATORS.get(config.advantage.estimator)
+    LOSSES.get(config.loss.name)
+    if config.loss.aggregation not in AGGREGATIONS:
+        raise ValueError(f"loss.aggregation must be one of {sorted(AGGREGATIONS)}, got {config.loss.aggregation!r}")
+    validate_advantage(config.advantage)
+    warnings = validate_loss(config.loss, config.train.updates_per_rollout)
+    if config.ops.backend is OpsBackend.native:
+        backend.set_backend("native")
+    if config.loss.kl_coef == 0.0 and config.loss.kl_kind.value != "k3":
+        raise ValueError(f"loss.kl_kind has no effect while loss.kl_coef is 0, got {config.loss.kl_kind.value!r}")
+    if config.logging.wandb_project is not None and not config.logging.wandb:
+        raise ValueError("logging.wandb_project has no effect while logging.wandb is false")
+    return list(warnings)
+
+
+def check_shape(config: RunConfig, shape: ModelShape) -> None:
+    """Refuses a layout that does not fit the model, and sequences longer than its positions."""
+    parallel = config.parallel
+    Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep).check(shape)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > shape.max_position_embeddings:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens must be at most the model's "
+            f"{shape.max_position_embeddings} positions, got {longest}"
+        )
+
+
+def _check_model_source(config: RunConfig) -> None:
+    model = config.model
+    if (model.path is None) == (model.scratch is None):
+        raise ValueError(f"exactly one of model.path and model.scratch must be given, got {model.path!r} and "
+                         f"{'a scratch model' if model.scratch else None}")  # fmt: skip
+    if model.path is not None:
+        folder = Path(model.path)
+        if not folder.is_dir():
+            raise ValueError(
+                f"model.path must be a Hugging Face model folder, got {model.path!r}, which does not exist"
+            )
+        check_shape(config, ModelShape.from_hf(folder))
+
+
+def _check_layout(config: RunConfig, world_size: int) -> None:
+    parallel = config.parallel
+    for name in ("tp", "pp", "vpp", "ep", "cp"):
+        if getattr(parallel, name) < 1:
+            raise ValueError(f"parallel.{name} must be at least 1, got {getattr(parallel, name)}")
+    model_parallel = parallel.tp * parallel.pp * parallel.cp
+    if world_size % model_parallel:
+        raise ValueError(
+            f"world size must be a multiple of parallel.tp * parallel.pp * parallel.cp = {parallel.tp} * "
+            f"{parallel.pp} * {parallel.cp}, got {world_size} (torchrun --nproc-per-node sets it)"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise ValueError("parallel.sequence_parallel has no effect with parallel.tp = 1")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        raise ValueError(f"parallel.vpp must be 1 while parallel.pp is 1, got {parallel.vpp}")
+    if parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(f"parallel.cp must be 1 without transformer-engine, got {parallel.cp}")
+    if parallel.cp > 1:
+        raise ValueError(f"parallel.cp must be 1: packed rollouts are not split over context ranks, got {parallel.cp}")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    train, optim = config.train, config.optim
+    for name, value in (
+        ("train.steps", train.steps),
+        ("train.updates_per_rollout", train.updates_per_rollout),
+        ("train.max_tokens_per_microbatch", train.max_tokens_per_microbatch),
+        ("sync.bucket_mb", config.sync.bucket_mb),
+        ("sync.timeout_s", config.sync.timeout_s),
+        ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        ("optim.lr", optim.lr),
+    ):
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in (("train.seed", train.seed), ("data.seed", config.data.seed), ("eval.every", config.eval.every)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if config.rollout.prompts_per_step % train.updates_per_rollout:
+        raise ValueError(
+            f"rollout.prompts_per_step must be a multiple of train.updates_per_rollout ({train.updates_per_rollout}), "
+            f"got {config.rollout.prompts_per_step}"
+        )
+    if optim.schedule is Schedule.constant and optim.min_lr_ratio != 0.0:
+        raise ValueError(f"optim.min_lr_ratio has no effect with a constant schedule, got {optim.min_lr_ratio}")
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if train.max_tokens_per_microbatch < longest:
+        raise ValueError(
+            f"train.max_tokens_per_microbatch must hold a prompt and its response (data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}), got {train.max_tokens_per_microbatch}"
+        )
+    if config.sync.transport is Transport.broadcast and config.rollout.server.dp > 1:
+        raise ValueError(
+            f"rollout.server.dp must be 1 with sync.transport=broadcast (SGLang numbers its update ranks by tensor "
+            f"rank alone): start more servers with rollout.server.num_servers, got {config.rollout.server.dp}"
+        )
+    if not (config.data.reasoning_gym or config.data.jsonl):
+        raise ValueError("data.reasoning_gym or data.jsonl must name at least one source of problems, got neither")
+    _check_eval(config.eval)
+
+
+def _check_eval(evaluation: EvalConfig) -> None:
+    if evaluation.num_samples < 1:
+        raise ValueError(f"eval.num_samples must be at least 1, got {evaluation.num_samples}")
+    if evaluation.num_samples > 1 and evaluation.temperature == 0.0:
+        raise ValueError(
+            f"eval.num_samples must be 1 with greedy decoding (eval.temperature=0), got {evaluation.num_samples}"
+        )
+
+
+def _check_rollout(rollout: RolloutConfig) -> None:
+    for name in ("prompts_per_step", "group_size", "max_response_tokens", "concurrency"):
+        if getattr(rollout, name) < 1:
+            raise ValueError(f"rollout.{name} must be at least 1, got {getattr(rollout, name)}")
+    if rollout.temperature <= 0:
+        raise ValueError(f"rollout.temperature must be positive (responses are samples), got {rollout.temperature}")
+    if rollout.router_url is not None and not rollout.urls:
+        raise ValueError("rollout.router_url has no effect without rollout.urls: weights go to the servers themselves")
+    if rollout.group_filter is GroupFilter.none and rollout.max_gen_batches != 10:
+        raise ValueError("rollout.max_gen_batches has no effect with rollout.group_filter=none")
+
+
+def _check_warm_start(warm: WarmStartConfig, *, scratch: bool) -> None:
+    if not warm.enabled and warm != WarmStartConfig():
+        raise ValueError(
+            "warm_start has no effect while warm_start.enabled is false, got other values than the defaults"
+        )
+    if scratch and not warm.enabled:
+        raise ValueError("warm_start.enabled must be true with model.scratch: random weights solve nothing")
+    if not 0.0 < warm.target_accuracy <= 1.0:
+        raise ValueError(f"warm_start.target_accuracy must be in (0, 1], got {warm.target_accuracy}")
+
+
+__all__ = ["DType", "check_config", "check_shape"]
