@@ -1,7 +1,7 @@
 """The native backend: the ops of the extension `megatron_rlvr._C` behind the faces of `megatron_rlvr.ops`.
 
 Importing this module loads the extension, which registers its ops with torch's dispatcher
-(`torch.ops.megatron_rlvr`), adds their autograd formulas, and enters the implementations in `megatron_rlvr.ops.backend`.
+(`torch.ops.megatron_rlvr`), adds their autograd formulas, and enters the implementations in the backend's table.
 
 Letters: T tokens, V vocabulary columns of this rank's shard, R ranks of the group.
 """
@@ -56,7 +56,7 @@ def gather_statistics(
     Raises:
         ValueError: a target outside the vocabulary.
     """
-    num_tokens, width = logits_TV.shape
+    width = logits_TV.shape[1]
     if group is None or dist.get_world_size(group) == 1:
         check_targets(targets_T, vocab_size=width)
         return _ops.vocab_logprob_statistics(logits_TV, targets_T, None, temperature, 0, width)[None], 0
