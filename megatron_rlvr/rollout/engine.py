@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,10 @@ from megatron_rlvr.rollout import wire
 from megatron_rlvr.types import EngineError, TensorMeta
 
 PAUSE_MODES = ("in_place", "retract", "abort")
+NO_FLUSH = {"flush_cache": False}
+"""An update that flushes by itself kills the server (by an assertion of its scheduler) when a request is still there,
+and one is for a moment after its client hung up; /flush_cache is refused instead."""
+FLUSH_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,16 +136,26 @@ class HttpEngine:
             "shapes": [list(meta.shape) for meta in metas],
             "group_name": group_name,
             "load_format": "flattened_bucket",
-            # only the last bucket makes the cached prefixes stale for good
-            "flush_cache": weight_version is not None and self._can_flush(),
             "weight_version": None if weight_version is None else str(weight_version),
+            **NO_FLUSH,
         }
         self._post("/update_weights_from_distributed", body)
 
     def update_from_disk(self, path: str, *, weight_version: int) -> None:
-        """Loads all weights from a Hugging Face folder that the server can read."""
-        body = {"model_path": path, "weight_version": str(weight_version), "flush_cache": self._can_flush()}
+        """Loads all weights from a Hugging Face folder that the server can read.
+
+        An engine that is not paused is, around this, with its requests retracted; cached prefixes are dropped unless
+        requests are held in place.
+        """
+        running = self._pause_mode is None
+        if running:
+            self.pause("retract")
+        body = {"model_path": path, "weight_version": str(weight_version), **NO_FLUSH}
         self._post("/update_weights_from_disk", body)
+        if self._pause_mode != "in_place":
+            self.flush_cache()
+        if running:
+            self.resume()
 
     def set_weight_version(self, version: int) -> None:
         """Sets the version without touching weights or requests."""
@@ -156,12 +171,18 @@ class HttpEngine:
         return str(answer["per_engine_checksum"])
 
     def flush_cache(self) -> None:
-        """Drops cached prefixes; refused while requests run or are held in place."""
-        self._post("/flush_cache", {})
+        """Drops cached prefixes, once the last requests of clients that hung up have ended.
 
-    def _can_flush(self) -> bool:
-        # requests held in place keep their KV cache, and a scheduler whose flush fails dies of an assertion
-        return self._pause_mode != "in_place"
+        Raises:
+            EngineError: requests run on, or are held in place.
+        """
+        deadline = time.monotonic() + min(self._timeout_s, FLUSH_PATIENCE_S)
+        while True:
+            status, raw = self._send("/flush_cache", {})
+            if status != 400 or self._pause_mode == "in_place" or time.monotonic() > deadline:
+                self._check("/flush_cache", status, raw)
+                return
+            time.sleep(0.05)
 
     def _session_call(self, path: str, body: dict[str, Any]) -> None:
         if self._has_sessions is False:

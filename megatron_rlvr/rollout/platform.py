@@ -29,14 +29,17 @@ def install() -> None:
     """Puts the stand-ins in place, once a process; a no-op where a GPU is present."""
     if gpu_available():
         return
-    _declare_torchvision_ops()
+    declare_torchvision_ops()
     _stand_in_for_cudart()
     _stand_in_for_sgl_kernel()
 
 
-def _declare_torchvision_ops() -> None:
-    # The torchvision on PyPI is built for CUDA: beside a +cpu torch its library does not load, and its Python part
-    # then fails at import, because it registers shapes for ops that nobody has declared.
+def declare_torchvision_ops() -> None:
+    """Lets torchvision, and with it transformers' model classes, be imported beside a +cpu torch."""
+    # The torchvision on PyPI is built for CUDA: without it its library does not load, and its Python part then fails
+    # at import, because it registers shapes for ops that nobody has declared.
+    if hasattr(torch.ops.torchvision, "nms"):
+        return
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return
