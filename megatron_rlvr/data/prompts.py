@@ -79,20 +79,20 @@ class PromptBuilder:
         return prompts, len(problems) - len(prompts)
 
     def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        messages = [dict(message) for message in messages]
+        turns = [dict(message) for message in messages]
         if self._prompt_template is not None:
             # replace, not format: problems are full of braces.
-            last = messages[-1]
+            last = turns[-1]
             last["content"] = self._prompt_template.replace("{prompt}", last["content"])
         if self._system_prompt is not None:
-            if messages[0]["role"] == "system":
+            if turns[0]["role"] == "system":
                 raise ValueError("data.system_prompt must be null for messages that begin with a system message")
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
+            turns.insert(0, {"role": "system", "content": self._system_prompt})
         if self._chat_template:
-            return self._tokenizer.render_chat(messages)
-        if any(message["role"] not in ("system", "user") for message in messages):
+            return self._tokenizer.render_chat(turns)
+        if any(message["role"] not in ("system", "user") for message in turns):
             raise ValueError("data.chat_template must be true for messages with turns of an assistant")
-        return "\n\n".join(message["content"] for message in messages)
+        return "\n\n".join(message["content"] for message in turns)
 
 
 def _name(problem: Problem) -> str:

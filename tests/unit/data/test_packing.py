@@ -156,9 +156,9 @@ def test_responses_come_back_from_any_packing():
 
 def test_pack_responses_refuses_missing_and_misfit():
     micro = build_microbatch([make_sequence([1], [2, 3], 4)])
-    with pytest.raises(ValueError, match="trajectory 4 misses"):
+    with pytest.raises(ValueError, match=r"trajectory 4 misses"):
         pack_responses({3: np.zeros(2)}, micro)
-    with pytest.raises(ValueError, match="trajectory 4 must have 2 entries, got 3"):
+    with pytest.raises(ValueError, match=r"trajectory 4 must have 2 entries, got 3"):
         pack_responses({4: np.zeros(3)}, micro)
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(2,\)"):
         unpack_responses(torch.zeros(2), micro)
@@ -180,5 +180,5 @@ def test_microbatch_refuses(prompt, response, trajectory, message):
 def test_microbatch_refuses_logprobs_of_another_length():
     sequence = make_sequence([1], [2, 3], 0)
     sequence.rollout_logprobs = np.zeros(3, np.float32)
-    with pytest.raises(ValueError, match="one rollout log-prob per response token, got 3 for 2"):
+    with pytest.raises(ValueError, match=r"one rollout log-prob per response token, got 3 for 2"):
         build_microbatch([sequence])
