@@ -100,18 +100,27 @@ def load_problems(config: DataConfig, reward: RewardConfig) -> ProblemSet:
     # Imported here: reasoning-gym takes a second to import and a run on JSONL alone does not need it.
     from megatron_rlvr.data.reasoning_gym_source import generate
 
-    if not rows:
-        gym_train, gym_val = generate(
-            config.reasoning_gym, seed=config.seed, train_size=config.train_size, val_size=config.val_size
-        )
-        return ProblemSet(train=gym_train, val=gym_val)
-
-    row_share = round(config.val_size * len(rows) / (len(rows) + config.train_size))
-    row_share = min(max(row_share, min(config.val_size, 1)), max(config.val_size - 1, 0))
+    row_share = 0
+    if rows:
+        row_share = round(config.val_size * len(rows) / (len(rows) + config.train_size))
+        row_share = min(max(row_share, min(config.val_size, 1)), max(config.val_size - 1, 0))
     gym_train, gym_val = generate(
         config.reasoning_gym, seed=config.seed, train_size=config.train_size, val_size=config.val_size - row_share
     )
+    if reward.verifier in ("math", "exact"):
+        _require_answers(gym_train.samples(), reward.verifier)
+    if not rows:
+        return ProblemSet(train=gym_train, val=gym_val)
     row_train, row_val = split_rows(
         rows, val_size=row_share, seed=config.seed, first_train=len(gym_train), first_val=len(gym_val)
     )
     return ProblemSet(train=Concatenation([gym_train, row_train]), val=Concatenation([gym_val, row_val]))
+
+
+def _require_answers(samples: Sequence[Problem], verifier: str) -> None:
+    for problem in samples:
+        if problem.answer is None:
+            raise ValueError(
+                f"reward.verifier must be 'auto' or 'reasoning_gym' for family {problem.data_source!r}, whose problems "
+                f"have many right answers and no reference, got {verifier!r}"
+            )

@@ -92,10 +92,13 @@ class GeneratedProblems(Sequence[Problem]):
     def __len__(self) -> int:
         return self._size
 
-    def check(self) -> None:
-        """Makes one problem of each family: one that validation used up fails here, not in the middle of the run."""
-        for index in np.unique(self._family_N, return_index=True)[1]:
-            self[int(index)]
+    def samples(self) -> list[Problem]:
+        """The first problem of each family.
+
+        Raises:
+            ValueError: validation used a family up (better here than in the middle of the run).
+        """
+        return [self[int(index)] for index in np.unique(self._family_N, return_index=True)[1]]
 
     @overload
     def __getitem__(self, index: int) -> Problem: ...
@@ -143,7 +146,7 @@ def generate(
         for entry in _distinct_entries(family, quota, held_out):
             val.append(family.problem(entry, f"val/{len(val)}"))
     train = GeneratedProblems(families, weights, seed=seed, size=train_size, held_out=held_out)
-    train.check()
+    train.samples()
     return train, val
 
 

@@ -124,6 +124,8 @@ class VerifierPool:
     async def start(self) -> None:
         """Starts the workers and waits until the first one has loaded the verifier.
 
+        The kernel ends the workers with the thread that starts them: run the event loop in one that lives as long.
+
         Raises:
             ValueError: the verifier cannot be loaded.
             VerifierPoolError: no process comes up, or the pool is closed.

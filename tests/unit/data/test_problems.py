@@ -187,6 +187,13 @@ def test_answers_of_any_kind_for_a_verifier_of_ones_own(tmp_path):
         load(RewardConfig(verifier="reasoning_gym"), jsonl=[path], val_size=0)
 
 
+def test_verifiers_that_need_a_reference_answer():
+    assert load(reasoning_gym=[gym("graph_color")], val_size=1).train[0].answer is None
+    for verifier in ("math", "exact"):
+        with pytest.raises(ValueError, match=rf"for family 'graph_color'.* got '{verifier}'"):
+            load(RewardConfig(verifier=verifier), reasoning_gym=[gym("chain_sum"), gym("graph_color")], val_size=1)
+
+
 def test_both_kinds_of_source(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "answer": i} for i in range(50)])
     problems = load(reasoning_gym=[gym("chain_sum")], jsonl=[path], train_size=150, val_size=8)

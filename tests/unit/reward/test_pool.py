@@ -118,7 +118,7 @@ def test_math_verdicts():
 
 
 def test_after_a_timeout_a_new_worker_goes_on(trial_verifier):
-    config = RewardConfig(verifier=trial_verifier, timeout_s=1.0, num_workers=1)
+    config = RewardConfig(verifier=trial_verifier, timeout_s=2.0, num_workers=1)
     texts = ["1", "hang", "0", "hang", "1"]
     scores, counts, restarts, _ = score_all(config, [(make_prompt(), text) for text in texts])
     ok, timeout = VerifierStatus.ok, VerifierStatus.timeout
