@@ -385,5 +385,5 @@ def _reason(error: BaseException) -> str:
 
 
 def _excerpt(body: bytes) -> str:
-    text = body.decode(errors="replace").strip()
+    text = " ".join(body.decode(errors="replace").split())
     return text if len(text) <= 300 else text[:300] + "..."

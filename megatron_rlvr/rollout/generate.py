@@ -218,14 +218,19 @@ class RolloutGenerator:
         metrics["data/prompts_broken"] = self._stream.num_broken
         return RolloutBatch(groups=selection.groups, metrics=metrics)
 
-    async def evaluate(self, *, policy_version: int, on_progress: OnProgress) -> EvalBatch:
+    async def evaluate(
+        self, *, policy_version: int, on_progress: OnProgress, max_problems: int | None = None
+    ) -> EvalBatch:
         """Answers to the held-out problems (the first ``eval.max_problems`` of them), in their fixed order.
+
+        Args:
+            max_problems: a smaller number of problems, for a quick look.
 
         Raises:
             RolloutError: a response could not be had.
         """
         config = self._evaluation
-        problems = self._validation[: config.max_problems]
+        problems = self._validation[: config.max_problems][:max_problems]
         sampling = Sampling(
             temperature=config.temperature,
             top_p=1.0,

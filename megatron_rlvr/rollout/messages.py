@@ -1,7 +1,8 @@
 """What the trainer and its rollout process say to each other, one pickled object a message.
 
-The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress` messages
-and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP client for it.
+The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress` and
+`Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP
+client for it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Heartbeat:
+    """The process is at work, though there may be nothing to tell: sent every few seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Initialize:
     """First command: load the data, start the verifiers. Result: `ServiceInfo`, with the first state."""
 
@@ -88,6 +94,8 @@ class Evaluate:
     """Result: `EvalBatch`."""
 
     policy_version: int
+    max_problems: int | None = None
+    """The first so many problems; None asks for all (of `eval.max_problems`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,3 +136,6 @@ class Failure:
     user_mistake: bool
     """Whether a setting, a data file or a checkpoint is to put right: a ValueError while loading them."""
     traceback: str
+
+
+Message = Progress | Heartbeat | Result | Failure

@@ -25,10 +25,11 @@ from megatron_rlvr.rollout.messages import (
     Command,
     Connect,
     Evaluate,
-    Failure,
     Generate,
+    Heartbeat,
     Initialize,
     LoadState,
+    Message,
     Ping,
     Progress,
     Result,
@@ -44,13 +45,15 @@ CLOSE_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 60.0
 """For commands that only touch state."""
+SILENCE_S = 120.0
+"""A process that sends not even a heartbeat for so long while it generates is stuck."""
 
 
 class RolloutService:
     """Starts the rollout process and asks it for batches; one call at a time.
 
     A mistake in the settings or the data comes back as ValueError, everything else as `RolloutError` with the
-    process's traceback. A process that dies is noticed at once.
+    process's traceback. A process that dies is noticed at once, one that is stuck after `SILENCE_S`.
 
     Args:
         data, reward, rollout, evaluation: the parts of the run's configuration that concern rollouts.
@@ -108,6 +111,17 @@ class RolloutService:
         """
         if self._process is not None:
             raise RuntimeError("the rollout process is already started")
+        try:
+            self._launch()
+            info: ServiceInfo = self._call(self._initialize, timeout_s=timeout_s)
+            if self._urls:
+                self.connect(self._urls)
+        except BaseException:
+            self.close()
+            raise
+        return info
+
+    def _launch(self) -> None:
         ours, theirs = Pipe(duplex=True)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with theirs, self._log_path.open("ab") as log:
@@ -131,10 +145,6 @@ class RolloutService:
                 start_new_session=True,
             )
         self._connection = ours
-        info: ServiceInfo = self._call(self._initialize, timeout_s=timeout_s)
-        if self._urls:
-            self.connect(self._urls)
-        return info
 
     def connect(self, urls: Sequence[str]) -> None:
         """Uses these servers from now on.
@@ -157,12 +167,14 @@ class RolloutService:
         """The batch that `generate_async` began."""
         if not isinstance(self._pending, Generate):
             raise RuntimeError("no rollouts are under way: generate_async comes before result")
-        return self._answer(on_progress, deadline=None)
+        return self._answer(on_progress, timeout_s=None)
 
-    def evaluate(self, *, policy_version: int, on_progress: OnProgress | None = None) -> EvalBatch:
+    def evaluate(
+        self, *, policy_version: int, max_problems: int | None = None, on_progress: OnProgress | None = None
+    ) -> EvalBatch:
         """Answers to the held-out problems; see `RolloutGenerator.evaluate`."""
-        self._submit(Evaluate(policy_version=policy_version))
-        return self._answer(on_progress, deadline=None)
+        self._submit(Evaluate(policy_version=policy_version, max_problems=max_problems))
+        return self._answer(on_progress, timeout_s=None)
 
     def state_dict(self) -> dict[str, Any]:
         """Data order and surplus groups as of the last batch handed out; it pickles.
@@ -200,7 +212,7 @@ class RolloutService:
 
     def _call(self, command: Command, *, timeout_s: float) -> Any:
         self._submit(command)
-        return self._answer(None, deadline=time.monotonic() + timeout_s)
+        return self._answer(None, timeout_s=timeout_s)
 
     def _submit(self, command: Command) -> None:
         if self._connection is None:
@@ -213,35 +225,40 @@ class RolloutService:
             raise self._death() from None
         self._pending = command
 
-    def _answer(self, on_progress: OnProgress | None, *, deadline: float | None) -> Any:
-        while True:
-            message = self._receive(deadline)
-            if isinstance(message, Progress):
-                if on_progress is not None:
+    def _answer(self, on_progress: OnProgress | None, *, timeout_s: float | None) -> Any:
+        """The value of the command under way, within ``timeout_s`` if given, else as long as the process is alive."""
+        command = type(self._pending).__name__
+        deadline = time.monotonic() + (SILENCE_S if timeout_s is None else timeout_s)
+        while (message := self._receive(deadline)) is not None:
+            if isinstance(message, Progress | Heartbeat):
+                if timeout_s is None:
+                    deadline = time.monotonic() + SILENCE_S
+                if on_progress is not None and isinstance(message, Progress):
                     on_progress(message)
                 continue
             self._pending = None
             if isinstance(message, Result):
                 self._state = message.state
                 return message.value
-            assert isinstance(message, Failure), message
             if message.user_mistake:
                 raise ValueError(message.error)
             raise RolloutError(f"{message.error}\n--- traceback of the rollout process ---\n{message.traceback}")
+        self.close()
+        what = f"sent nothing for {SILENCE_S:g} s" if timeout_s is None else f"took longer than {timeout_s:g} s"
+        raise RolloutError(f"the rollout process {what} in {command} and was ended; its output: {self._log_path}")
 
-    def _receive(self, deadline: float | None) -> Progress | Result | Failure:
+    def _receive(self, deadline: float) -> Message | None:
+        """The next message, or None when the deadline (monotonic seconds) has passed."""
         assert self._connection is not None
         assert self._process is not None
         while not self._connection.poll(0.2):
             # The end of file below tells of most deaths; this of one whose socket lives on in a child of it.
             if self._process.poll() is not None and not self._connection.poll():
                 raise self._death()
-            if deadline is not None and time.monotonic() > deadline:
-                what = type(self._pending).__name__
-                self.close()
-                raise RolloutError(f"the rollout process did not finish {what} in time; its output: {self._log_path}")
+            if time.monotonic() > deadline:
+                return None
         try:
-            message: Progress | Result | Failure = self._connection.recv()
+            message: Message = self._connection.recv()
         except (EOFError, OSError):
             raise self._death() from None
         return message

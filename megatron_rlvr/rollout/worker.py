@@ -33,8 +33,10 @@ from megatron_rlvr.rollout.messages import (
     Evaluate,
     Failure,
     Generate,
+    Heartbeat,
     Initialize,
     LoadState,
+    Message,
     Ping,
     Progress,
     Result,
@@ -43,6 +45,7 @@ from megatron_rlvr.rollout.messages import (
 
 logger = logging.getLogger("megatron_rlvr.rollout.worker")
 
+HEARTBEAT_S = 2.0
 GRACE_S = 5.0
 """Time for a clean end once the trainer is gone; then everything in this process group is killed."""
 
@@ -52,6 +55,8 @@ class RolloutWorker:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._writable = select.poll()  # not select(), which fails for descriptors beyond 1023
+        self._writable.register(connection, select.POLLOUT)
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
         self._rollout: RolloutConfig | None = None
         self._verifier: VerifierPool | None = None
@@ -90,6 +95,7 @@ class RolloutWorker:
     async def _serve(self) -> None:
         while True:
             command = await self._commands.get()
+            heartbeat = asyncio.create_task(self._beat())
             try:
                 value = await self._execute(command)
                 state = self._generator.state_dict() if self._generator is not None else None
@@ -101,7 +107,14 @@ class RolloutWorker:
                     user_mistake=isinstance(error, ValueError) and isinstance(command, Initialize | LoadState),
                     traceback=traceback.format_exc(),
                 )
+            finally:
+                heartbeat.cancel()
             self._send(answer)
+
+    async def _beat(self) -> None:
+        while True:
+            self._tell(Heartbeat())
+            await asyncio.sleep(HEARTBEAT_S)
 
     async def _execute(self, command: Command) -> Any:
         match command:
@@ -114,9 +127,11 @@ class RolloutWorker:
         assert self._generator is not None, "Initialize comes first"
         match command:
             case Generate(step=step, policy_version=version):
-                return await self._generator.generate(step=step, policy_version=version, on_progress=self._send)
-            case Evaluate(policy_version=version):
-                return await self._generator.evaluate(policy_version=version, on_progress=self._send)
+                return await self._generator.generate(step=step, policy_version=version, on_progress=self._tell)
+            case Evaluate(policy_version=version, max_problems=max_problems):
+                return await self._generator.evaluate(
+                    policy_version=version, max_problems=max_problems, on_progress=self._tell
+                )
             case LoadState(state=state):
                 return self._generator.load_state_dict(state)
             case _:
@@ -171,7 +186,12 @@ class RolloutWorker:
             await self._generator.client.close()
         self._generator.client = client
 
-    def _send(self, message: Progress | Result | Failure) -> None:
+    def _tell(self, message: Progress | Heartbeat) -> None:
+        """Sends what may as well be lost: while the trainer is busy and reads nothing, sending would block the loop."""
+        if self._writable.poll(0):
+            self._send(message)
+
+    def _send(self, message: Message) -> None:
         try:
             self._connection.send(message)
         except OSError:

@@ -1,5 +1,6 @@
 """The rollout process with real problems, tokenizer and verifiers, against a server that can add."""
 
+import asyncio
 import contextlib
 import os
 import pickle
@@ -11,6 +12,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from megatron_rlvr.config.schema import (
     RolloutConfig,
 )
 from megatron_rlvr.data.tokenizer import Tokenizer
+from megatron_rlvr.rollout import service as service_module
 from megatron_rlvr.rollout.messages import Progress, RolloutError
 from megatron_rlvr.rollout.service import RolloutService
+from megatron_rlvr.rollout.worker import RolloutWorker
 from megatron_rlvr.types import FinishReason, RolloutBatch
 from tests.fakes.sglang_server import FakeSGLang, Fault
 from tests.fakes.tiny_qwen3 import write_byte_tokenizer
@@ -228,6 +232,33 @@ def test_a_killed_process_is_noticed_and_leaves_nothing(model: Path, server: Add
         assert hanging.is_set()
         killer.join()
         assert_gone(processes, within_s=5)
+
+
+def test_a_stuck_process_is_ended(model: Path, server: AddingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with service(model, tmp_path / "rollout.log", [server.url]) as running:
+        running.start(START_S)
+        processes = family_of(running.ping())
+        monkeypatch.setattr(service_module, "SILENCE_S", 0.5)
+        processes[0].suspend()
+        with pytest.raises(RolloutError, match=r"sent nothing for 0.5 s in Generate and was ended"):
+            running.generate(step=0, policy_version=0)
+        assert_gone(processes, within_s=5)
+
+
+def test_a_busy_trainer_does_not_block_the_process():
+    async def scenario() -> int:
+        worker = RolloutWorker(theirs)
+        for _ in range(20000):  # far more than a socket holds
+            worker._tell(Progress(finished=1, drawn=1, accepted=1, wanted=1, response_tokens=1))
+        received = 0
+        while ours.poll():
+            assert ours.recv().finished == 1
+            received += 1
+        return received
+
+    ours, theirs = Pipe()
+    with ours, theirs:
+        assert 10 < asyncio.run(scenario()) < 20000
 
 
 TRAINER = """
