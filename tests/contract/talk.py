@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import requests
 
-LONG = {"max_new_tokens": 200, "temperature": 1.0, "ignore_eos": True}
-"""Takes half a second: long enough to be caught half-way."""
+ENDLESS = {"max_new_tokens": 3500, "temperature": 1.0, "ignore_eos": True}
+"""Takes many seconds: tests catch it half-way and then abort it, so that none depends on speed."""
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> requests.Response:
@@ -27,20 +28,34 @@ def generate(url: str, input_ids: Any, sampling_params: Any, **fields: Any) -> A
 class RunningRequest:
     """A streamed request that has produced its first tokens when the constructor returns."""
 
-    def __init__(self, url: str, input_ids: list[int], **fields: Any) -> None:
-        body = {"input_ids": input_ids, "sampling_params": LONG, "return_logprob": True, "stream": True, **fields}
-        self._response = requests.post(url + "/generate", json=body, stream=True, timeout=60.0)
+    def __init__(self, url: str, input_ids: list[int]) -> None:
+        self.url = url
+        self.rid = uuid.uuid4().hex
+        body = {"rid": self.rid, "input_ids": input_ids, "sampling_params": ENDLESS, "return_logprob": True}
+        self._response = requests.post(url + "/generate", json={**body, "stream": True}, stream=True, timeout=60.0)
         assert self._response.status_code == 200
         self._chunks = self._read()
-        self.first: dict[str, Any] = next(self._chunks)
-        """The answer so far, after the first tokens."""
+        self.latest: dict[str, Any] = next(self._chunks)
+        """The answer so far."""
 
-    def finish(self) -> dict[str, Any]:
-        """The complete answer."""
-        last = self.first
-        for last in self._chunks:  # noqa: B007 - the last one is wanted
-            pass
-        return last
+    def read_until_version(self, version: str) -> None:
+        """Returns once a token has come under a weight version."""
+        while self.latest["meta_info"]["weight_version"] != version:
+            self.latest = next(self._chunks)
+        # that one may carry the last token of the version before, delivered late
+        self.latest = next(self._chunks)
+
+    def abort(self) -> dict[str, Any]:
+        """Ends the request; the complete answer."""
+        response = requests.post(self.url + "/abort_request", json={"rid": self.rid}, timeout=60.0)
+        assert (response.status_code, response.content) == (200, b"")
+        return self.rest()
+
+    def rest(self) -> dict[str, Any]:
+        """The complete answer of a request that has ended."""
+        for chunk in self._chunks:
+            self.latest = chunk
+        return self.latest
 
     def hang_up(self) -> None:
         """Closes the connection before the answer is complete."""

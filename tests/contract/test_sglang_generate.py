@@ -10,7 +10,7 @@ import requests
 
 from tests.contract.conftest import PROMPT, Subject
 from tests.contract.hugging_face import log_softmax, reference_logits
-from tests.contract.talk import RunningRequest, generate, post
+from tests.contract.talk import ENDLESS, RunningRequest, generate, post
 
 
 def test_answer_has_ids_logprobs_reason_and_version(subject: Subject) -> None:
@@ -63,12 +63,9 @@ def test_wrong_value_is_a_400_with_a_message_and_wrong_name_a_500(subject: Subje
 
 
 def test_abort_by_id_returns_what_there_is(subject: Subject) -> None:
-    running = RunningRequest(subject.url, PROMPT, rid="unwanted")
-    response = requests.post(subject.url + "/abort_request", json={"rid": "unwanted"}, timeout=60.0)
-    assert (response.status_code, response.content) == (200, b"")
-    answer = running.finish()
+    answer = RunningRequest(subject.url, PROMPT).abort()
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
-    assert 0 < len(answer["output_ids"]) < 200
+    assert 0 < len(answer["output_ids"]) < ENDLESS["max_new_tokens"]
     assert len(answer["meta_info"]["output_token_logprobs"]) == len(answer["output_ids"])
 
 
@@ -78,17 +75,18 @@ def test_held_request_goes_on_under_the_new_version(subject: Subject, mode: str)
     subject.engine.pause(mode)
     subject.engine.set_weight_version(8)
     subject.engine.resume()
-    answer = running.finish()
-    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 200}
+    running.read_until_version("8")
+    answer = running.abort()
     spans = answer["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["0", "8"]
-    assert [spans[0]["start"], spans[0]["end"], spans[1]["end"]] == [0, spans[1]["start"], 200]
+    assert [spans[0]["start"], spans[0]["end"]] == [0, spans[1]["start"]]
+    assert spans[1]["end"] == len(answer["output_ids"])
 
 
 def test_pause_by_abort_returns_what_there_is_and_holds_new_requests(subject: Subject) -> None:
     running = RunningRequest(subject.url, PROMPT)
     subject.engine.pause("abort")
-    answer = running.finish()
+    answer = running.rest()
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
     assert len(answer["meta_info"]["output_token_logprobs"]) == len(answer["output_ids"]) > 0
     with pytest.raises(requests.ReadTimeout):

@@ -81,7 +81,8 @@ def test_version_is_set_without_touching_requests(subject: Subject) -> None:
     running = RunningRequest(subject.url, PROMPT)
     subject.engine.set_weight_version(5)
     assert subject.engine.weight_version() == "5"
-    assert running.finish()["meta_info"]["finish_reason"]["type"] == "length"
+    running.read_until_version("5")
+    assert [span["version"] for span in running.abort()["meta_info"]["weight_versions"]] == ["0", "5"]
 
 
 def test_update_from_disk_changes_weights_and_back(subject: Subject) -> None:
@@ -104,7 +105,8 @@ def test_update_from_disk_under_a_running_request(subject: Subject, mode: str) -
         subject.engine.pause("in_place")
     subject.engine.update_from_disk(str(subject.other_model), weight_version=3)
     subject.engine.resume()
-    spans = running.finish()["meta_info"]["weight_versions"]
+    running.read_until_version("3")
+    spans = running.abort()["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["0", "3"]
 
 
@@ -145,7 +147,7 @@ def test_flush_while_paused(subject: Subject, mode: str) -> None:
     else:
         subject.engine.flush_cache()
     subject.engine.resume()
-    running.finish()
+    running.abort()
 
 
 def test_distributed_update_needs_a_session_and_a_group(subject: Subject) -> None:
@@ -176,9 +178,12 @@ def test_distributed_update_in_buckets(subject: Subject, trainer: Trainer, mode:
     if mode != "in_place":
         engine.flush_cache()
     engine.resume()
-    meta = running.finish()["meta_info"]
-    expected = ["0"] if mode == "abort" else ["0", "1"]
-    assert [span["version"] for span in meta["weight_versions"]] == expected
+    if mode == "abort":
+        answer, expected = running.rest(), ["0"]
+    else:
+        running.read_until_version("1")
+        answer, expected = running.abort(), ["0", "1"]
+    assert [span["version"] for span in answer["meta_info"]["weight_versions"]] == expected
     assert generate(subject.url, PROMPT, {"max_new_tokens": 3})["meta_info"]["weight_version"] == "1"
     if subject.real and mode != "in_place":
         check_against_disk(subject)
