@@ -80,6 +80,8 @@ class ParamMap:
     """Rows of vocabulary padding behind the joined tensor."""
     expert: bool
     """Sharded over the expert tensor-parallel group, and held by one expert-parallel rank."""
+    expert_index: int | None
+    """Which expert of the layer, counted over all ranks; None where `expert` is false."""
     duplicate: bool
     """A second copy (tied output layer on the last stage): loaded, but never exported."""
 
@@ -349,7 +351,7 @@ class Mapping:
         # SequentialMLP has a module an expert; TEGroupedLinear has weight0, weight1, ... in one module.
         return f"{rule.local}{local_expert}" if self.grouped_experts else f"local_experts.{local_expert}.{rule.local}"
 
-    def _param(self, rule: Rule, name: str, *, layer: int = 0, expert: int = 0) -> ParamMap:
+    def _param(self, rule: Rule, name: str, *, layer: int = 0, expert: int | None = None) -> ParamMap:
         hf = tuple(
             (
                 tensor.name.format(layer=layer, expert=expert),
@@ -366,6 +368,7 @@ class Mapping:
             groups=self.shape.num_kv_heads,
             padding=self.padded_vocab_size - self.shape.vocab_size if rule.kind is Kind.vocab else 0,
             expert=rule.place is Place.expert,
+            expert_index=expert,
             duplicate=rule.place is Place.tied_head,
         )
 
