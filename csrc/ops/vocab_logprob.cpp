@@ -12,7 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -227,6 +227,22 @@ void gradient_inplace_cpu(const at::Tensor& logits, const at::Tensor& targets, c
   write_gradient(logits, logits, targets, saved, grad_logprobs, grad_entropy, temperature, first_column, num_columns);
 }
 
+// Counts the write in the logits' version, so that whoever saved them for its own backward is told.
+void gradient_inplace_counted(c10::DispatchKeySet keys, const at::Tensor& logits, const at::Tensor& targets,
+                              const at::Tensor& saved, const std::optional<at::Tensor>& grad_logprobs,
+                              const std::optional<at::Tensor>& grad_entropy, double temperature, int64_t first_column,
+                              int64_t num_columns) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("megatron_rlvr::vocab_logprob_gradient_", "")
+                             .typed<decltype(gradient_inplace_cpu)>();
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatch(keys & c10::after_ADInplaceOrView_keyset, logits, targets, saved, grad_logprobs, grad_entropy,
+                  temperature, first_column, num_columns);
+  }
+  torch::autograd::impl::bump_version(logits);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(megatron_rlvr, m) {
@@ -258,9 +274,8 @@ TORCH_LIBRARY_IMPL(megatron_rlvr, Meta, m) {
   m.impl("vocab_logprob_gradient_", &gradient_inplace_meta);
 }
 
-// Counts the write in the logits' version, so that whoever saved them for its own backward is told.
 TORCH_LIBRARY_IMPL(megatron_rlvr, ADInplaceOrView, m) {
-  m.impl("vocab_logprob_gradient_", torch::autograd::autogradNotImplementedInplaceOrViewFallback());
+  m.impl("vocab_logprob_gradient_", &gradient_inplace_counted);
 }
 
 }  // namespace megatron_rlvr::vocab_logprob

@@ -34,6 +34,9 @@ struct Simd {
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float times_line(Float e, Float d, Float slope, Float high, Float low) {
+    return fma(e, fma(slope, d, high), mul(e, low));
+  }
   static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 
   static float reduce_max(Float a) {
@@ -42,12 +45,16 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
   }
 
-  static double reduce_add(Float a, Float b) {
-    const __m256d sum_a =
+  using Doubles = __m256d;
+  static Doubles zeros() { return _mm256_setzero_pd(); }
+  static void gather(Doubles& sum, Float a, Float b) {
+    const __m256d from_a =
         _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
-    const __m256d sum_b =
+    const __m256d from_b =
         _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(b)), _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
-    const __m256d sum = _mm256_add_pd(sum_a, sum_b);
+    sum = _mm256_add_pd(sum, _mm256_add_pd(from_a, from_b));
+  }
+  static double total(Doubles sum) {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }

@@ -38,16 +38,22 @@ struct Simd {
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float times_line(Float e, Float d, Float slope, Float high, Float low) {
+    return fma(e, fma(slope, d, high), mul(e, low));
+  }
   static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
 
-  static double reduce_add(Float a, Float b) {
-    const __m512d sum_a =
+  using Doubles = __m512d;
+  static Doubles zeros() { return _mm512_setzero_pd(); }
+  static void gather(Doubles& sum, Float a, Float b) {
+    const __m512d from_a =
         _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
-    const __m512d sum_b =
+    const __m512d from_b =
         _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(b)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)));
-    return _mm512_reduce_add_pd(_mm512_add_pd(sum_a, sum_b));
+    sum = _mm512_add_pd(sum, _mm512_add_pd(from_a, from_b));
   }
+  static double total(Doubles sum) { return _mm512_reduce_add_pd(sum); }
 
   // By number: the address may lie beyond the logits, where a pointer may not.
   static void prefetch(uintptr_t address) { _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0); }

@@ -80,6 +80,13 @@ struct Simd {
   static Float fma(Float a, Float b, Float c) {
     return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
   }
+  // In fp64, since `fma` here rounds twice.
+  static Float times_line(Float e, Float d, Float slope, Float high, Float low) {
+    return map([&](int i) {
+      const double line = static_cast<double>(slope.lane[i]) * d.lane[i] + high.lane[i] + low.lane[i];
+      return static_cast<float>(e.lane[i] * line);
+    });
+  }
   static Float max(Float a, Float b) {
     return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
@@ -90,10 +97,17 @@ struct Simd {
     return top;
   }
 
-  static double reduce_add(Float a, Float b) {
-    double sum = 0.0;
-    for (int i = 0; i < kWidth; ++i) sum += static_cast<double>(a.lane[i]) + b.lane[i];
-    return sum;
+  struct Doubles {
+    double lane[kWidth];
+  };
+  static Doubles zeros() { return {}; }
+  static void gather(Doubles& sum, Float a, Float b) {
+    for (int i = 0; i < kWidth; ++i) sum.lane[i] += static_cast<double>(a.lane[i]) + b.lane[i];
+  }
+  static double total(Doubles sum) {
+    double all = 0.0;
+    for (int i = 0; i < kWidth; ++i) all += sum.lane[i];
+    return all;
   }
 
   static void prefetch(uintptr_t) {}

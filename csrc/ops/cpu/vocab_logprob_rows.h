@@ -1,6 +1,8 @@
 // The row loops of vocab_logprob, once for every instruction set. Included by vocab_logprob_<set>.cpp inside that
 // file's target region and anonymous namespace, after a `Simd` type:
-//   kWidth, Float, set, add, sub, mul, fma, max, reduce_max, reduce_add (of two registers, in fp64), prefetch,
+//   kWidth, Float, set, add, sub, mul, fma, max, reduce_max, prefetch, Doubles, zeros, gather (two
+//   registers into fp64 sums), total,
+//   times_line (e (high + slope d + low), rounded once at the end so that `low` counts),
 //   load and store of 2 * kWidth elements as two registers (in any fixed order),
 //   exp2 (2^y for y <= 0; exactly 0, and marked invalid, below -126; NaN for NaN), and of its results: square,
 //   fma_valid (no addend where invalid: 0 * -inf), keep (0 where invalid), drop_zeros (0 where d = 0).
@@ -10,9 +12,9 @@
 // the search for the maximum and the sums.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kPair = 2 * Simd::kWidth;
-// Registers summed in fp32 before they are added to the fp64 sums: a short chain keeps the rounding of a row's sum
-// near 1e-9 of it.
-constexpr int64_t kChain = 16;
+// Registers summed in fp32 before they join the fp64 sums. So short a chain keeps the rounding of a row's W/S near
+// 1e-9 of it, which is what the sum of an entropy gradient's row over nearly equal logits is made of.
+constexpr int64_t kChain = 4;
 constexpr double kLog2E = 1.4426950408889634074;
 
 template <typename T>
@@ -43,6 +45,7 @@ struct RowLoops {
   static void add_sums(const T* x, int64_t count, float shift, float rate, Statistics& s) {
     const Float top = Simd::set(shift);
     const Float scale = Simd::set(rate);
+    typename Simd::Doubles all_sum = Simd::zeros(), all_weighted = all_sum, all_sum2 = all_sum, all_weighted2 = all_sum;
     for (int64_t start = 0; start < count; start += kChain * kPair) {
       const int64_t stop = start + kChain * kPair < count ? start + kChain * kPair : count;
       Float sum0 = Simd::set(0.f), sum1 = sum0, weighted0 = sum0, weighted1 = sum0;
@@ -69,12 +72,18 @@ struct RowLoops {
           weighted2 = Simd::fma_valid(qa, a, Simd::fma_valid(qb, b, weighted2));
         }
       }
-      s.sum += Simd::reduce_add(sum0, sum1);
-      s.weighted += Simd::reduce_add(weighted0, weighted1);
+      Simd::gather(all_sum, sum0, sum1);
+      Simd::gather(all_weighted, weighted0, weighted1);
       if (kMoments) {
-        s.sum2 += Simd::reduce_add(sum2, Simd::set(0.f));
-        s.weighted2 += Simd::reduce_add(weighted2, Simd::set(0.f));
+        Simd::gather(all_sum2, sum2, Simd::set(0.f));
+        Simd::gather(all_weighted2, weighted2, Simd::set(0.f));
       }
+    }
+    s.sum += Simd::total(all_sum);
+    s.weighted += Simd::total(all_weighted);
+    if (kMoments) {
+      s.sum2 += Simd::total(all_sum2);
+      s.weighted2 += Simd::total(all_weighted2);
     }
   }
 
@@ -137,8 +146,8 @@ struct RowLoops {
       b = Simd::sub(b, shift);
       const auto ea = Simd::exp2(Simd::mul(a, scale));
       const auto eb = Simd::exp2(Simd::mul(b, scale));
-      a = Simd::keep(ea, Simd::fma(ea.value, Simd::fma(slope, a, high), Simd::mul(ea.value, low)));
-      b = Simd::keep(eb, Simd::fma(eb.value, Simd::fma(slope, b, high), Simd::mul(eb.value, low)));
+      a = Simd::keep(ea, Simd::times_line(ea.value, a, slope, high, low));
+      b = Simd::keep(eb, Simd::times_line(eb.value, b, slope, high, low));
       Simd::store(to, a, b);
     };
     const int64_t full = whole(columns);

@@ -1,0 +1,35 @@
+// CPU twin of policy_loss.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/policy_loss.h"
+
+namespace megatron_rlvr::policy_loss::cpu {
+
+template <typename T>
+struct Inputs {
+  const T* logprob;
+  const T* old_logprob;
+  const T* advantage;
+  const bool* mask;
+  const bool* selected;        // may be null
+  const T* sequence_logratio;  // may be null
+  int64_t num_tokens;
+};
+
+// Writes loss and slope of every token (0 outside the mask) and the kSums sums.
+template <typename T>
+void evaluate_tokens(const Settings<T>& settings, const Inputs<T>& in, T* loss, T* slope, double* sums);
+
+// Marks the tokens whose loss the ratio clip decides.
+template <typename T>
+void mark_ratio_clipped(const Settings<T>& settings, const Inputs<T>& in, bool* clipped);
+
+// Writes the mean log ratio of each masked token's sequence (0 outside the mask). A sequence's sum is taken in token
+// order in fp64.
+template <typename T>
+void sequence_logratios(const T* logprob, const T* old_logprob, const bool* mask, const int64_t* trajectory,
+                        int64_t num_tokens, T* out);
+
+}  // namespace megatron_rlvr::policy_loss::cpu

@@ -1,0 +1,68 @@
+// Argument checks of policy_loss, the same for every device. Messages name the argument and its value.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "ops/policy_loss.h"
+
+namespace megatron_rlvr::policy_loss {
+
+// What decides the loss, as the schema carries it.
+struct Options {
+  int64_t loss;
+  int64_t kl;
+  double eps_low;
+  double eps_high;
+  std::optional<double> dual_clip;
+  double clamp;
+  double beta;
+};
+
+template <typename T>
+Settings<T> settings_of(const Options& o) {
+  return {static_cast<Loss>(o.loss),
+          static_cast<Kl>(o.kl),
+          static_cast<T>(1.0 - o.eps_low),
+          static_cast<T>(1.0 + o.eps_high),
+          static_cast<T>(o.clamp),
+          static_cast<T>(o.beta),
+          static_cast<T>(o.dual_clip.value_or(0.0)),
+          o.dual_clip.has_value()};
+}
+
+inline void check_entries(const at::Tensor& tensor, const char* name, const at::Tensor& logprobs, at::ScalarType type) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == logprobs.size(0), name, " must have shape [",
+                    logprobs.size(0), "] like logprobs_T, got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.scalar_type() == type, name, " must have dtype ", type, ", got ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous, got strides ", tensor.strides());
+  TORCH_CHECK_VALUE(tensor.device() == logprobs.device(), name, " must be on ", logprobs.device(), ", got ",
+                    tensor.device());
+}
+
+inline void check_arguments(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
+                            const at::Tensor& mask, const std::optional<at::Tensor>& selected,
+                            const std::optional<at::Tensor>& sequence_logratio, const Options& options) {
+  const auto type = logprobs.scalar_type();
+  TORCH_CHECK_VALUE(logprobs.dim() == 1, "logprobs_T must have 1 dimension, got shape ", logprobs.sizes());
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble, "logprobs_T must have dtype float32 or float64, got ",
+                    type);
+  check_entries(logprobs, "logprobs_T", logprobs, type);
+  check_entries(old_logprobs, "old_logprobs_T", logprobs, type);
+  check_entries(advantages, "advantages_T", logprobs, type);
+  check_entries(mask, "mask_T", logprobs, at::kBool);
+  if (selected) check_entries(*selected, "selected_T", logprobs, at::kBool);
+  if (sequence_logratio) check_entries(*sequence_logratio, "sequence_logratio_T", logprobs, type);
+  TORCH_CHECK_VALUE(options.loss >= 0 && options.loss <= static_cast<int64_t>(Loss::kCispo),
+                    "loss must be in [0, 4], got ", options.loss);
+  TORCH_CHECK_VALUE(options.kl >= 0 && options.kl <= static_cast<int64_t>(Kl::kK3), "kl must be in [0, 3], got ",
+                    options.kl);
+  const auto loss = static_cast<Loss>(options.loss);
+  TORCH_CHECK_VALUE((loss == Loss::kGspo) == sequence_logratio.has_value(),
+                    "sequence_logratio_T must be given for gspo and for no other loss, got loss ", options.loss);
+  TORCH_CHECK_VALUE((loss == Loss::kClipCov || loss == Loss::kKlCov) == selected.has_value(),
+                    "selected_T must be given for clip_cov and kl_cov and for no other loss, got loss ", options.loss);
+}
+
+}  // namespace megatron_rlvr::policy_loss
