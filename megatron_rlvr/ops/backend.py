@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 BACKENDS = ("native", "reference")
 
+NATIVE_MODULES = ("megatron_rlvr.ops.native", "megatron_rlvr.ops.native_tokens")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {name: {} for name in BACKENDS}
@@ -43,7 +45,8 @@ def set_backend(name: str) -> None:
         raise ValueError(f"ops.backend must be one of {list(BACKENDS)}, got {name!r}")
     if name == "native":
         try:
-            importlib.import_module("megatron_rlvr.ops.native")
+            for module in NATIVE_MODULES:
+                importlib.import_module(module)
         except ImportError as error:
             raise RuntimeError(
                 f"ops.backend=native needs the extension megatron_rlvr._C, which does not load ({error}); "

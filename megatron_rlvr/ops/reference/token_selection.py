@@ -27,7 +27,7 @@ def token_covariance(
     """See `megatron_rlvr.ops.token_covariance`."""
     logprobs_N = logprobs_T.detach()[mask_T].double()
     advantages_N = advantages_T.detach()[mask_T].double()
-    finite_N = logprobs_N.isfinite() & advantages_N.isfinite()
+    finite_N = logprobs_N.isfinite() & advantages_N.isfinite() & (logprobs_N * advantages_N).isfinite()
     num_bad = int((~finite_N).sum())
     if num_bad:
         # The bad count travels with the sums, so that every rank raises instead of one leaving the others waiting.

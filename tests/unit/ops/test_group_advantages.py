@@ -12,6 +12,8 @@ import torch
 from megatron_rlvr.ops import group_advantages
 from megatron_rlvr.ops.exact import parse_level, parse_quantile_level, quantile_rank
 
+pytestmark = pytest.mark.usefixtures("ops_backend")
+
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 MEAN_BASELINES = ("grpo", "dr_grpo", "rloo", "gpg")
 

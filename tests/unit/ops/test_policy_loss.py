@@ -10,6 +10,8 @@ import torch
 from megatron_rlvr.metrics import merge, values
 from megatron_rlvr.ops import policy_loss, ratio_clipped
 
+pytestmark = pytest.mark.usefixtures("ops_backend")
+
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 DTYPES = [torch.float64, torch.float32]
 

@@ -12,6 +12,8 @@ from megatron_rlvr.ops import ratio_clipped, select_tokens, token_covariance
 from megatron_rlvr.ops.exact import exact_sum_limbs, limbs_to_fraction, parse_ratio, selection_count
 from megatron_rlvr.ops.reference.token_selection import mix64, ordered_key, selection_key
 
+pytestmark = pytest.mark.usefixtures("ops_backend")
+
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 
 
