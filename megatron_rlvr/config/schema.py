@@ -319,6 +319,8 @@ class SyncConfig:
     bucket_mb: int = 256
     pause_mode: PauseMode = PauseMode.retract
     timeout_s: float = 300.0
+    host: str | None = None
+    """Address under which servers reach the trainer; null: loopback for local servers, else this machine's name."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -31,9 +31,21 @@ OWNED_FLAGS = {
 """SGLang flags that `rollout.server.extra_args` may not set, and what sets them instead."""
 
 TRAINER_VARIABLES = frozenset(
-    {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+    | {"ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
 )
 """What torchrun tells its ranks: a server that saw it would take itself for one of them."""
+TRAINER_PREFIX = "TORCHELASTIC_"
+"""Likewise; with TORCHELASTIC_USE_AGENT_STORE a server would wait for ever for a store that nobody opens."""
 
 
 def check_server(config: ServerConfig) -> None:
@@ -112,7 +124,11 @@ def server_environment(
         gpu: whether it runs on a GPU.
         cores: CPU cores this process may use.
     """
-    environment = {name: value for name, value in inherited.items() if name not in TRAINER_VARIABLES}
+    environment = {
+        name: value
+        for name, value in inherited.items()
+        if name not in TRAINER_VARIABLES and not name.startswith(TRAINER_PREFIX)
+    }
     # a paused engine cannot generate: with generation in it, /health would call every weight sync a failure
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     environment["PYTHONUNBUFFERED"] = "1"

@@ -1,7 +1,7 @@
 """What the trainer and its rollout process say to each other, one pickled object a message.
 
-The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress` and
-`Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP
+The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress`,
+`Notice` and `Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP
 client for it.
 """
 
@@ -62,6 +62,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """A warning of the rollout process, for the trainer's log; it stands in the process's own log as well."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Initialize:
     """First command: load the data, start the verifiers. Result: `ServiceInfo`, with the first state."""
 
@@ -78,6 +85,7 @@ class Connect:
     """Use these servers, each reached once before the answer. Result: None."""
 
     urls: tuple[str, ...]
+    router_url: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,4 +146,4 @@ class Failure:
     traceback: str
 
 
-Message = Progress | Heartbeat | Result | Failure
+Message = Progress | Heartbeat | Notice | Result | Failure

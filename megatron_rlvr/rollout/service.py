@@ -30,6 +30,7 @@ from megatron_rlvr.rollout.messages import (
     Initialize,
     LoadState,
     Message,
+    Notice,
     Ping,
     Progress,
     Result,
@@ -53,12 +54,13 @@ class RolloutService:
     """Starts the rollout process and asks it for batches; one call at a time.
 
     A mistake in the settings or the data comes back as ValueError, everything else as `RolloutError` with the
-    process's traceback. A process that dies is noticed at once, one that is stuck after `SILENCE_S`.
+    process's traceback. Its warnings are logged here too. A process that dies is noticed at once, one that is stuck after `SILENCE_S`.
 
     Args:
         data, reward, rollout, evaluation: the parts of the run's configuration that concern rollouts.
         tokenizer_path: folder with the tokenizer.
-        urls: servers to connect to in `start`; empty when they are still starting, then `connect` follows.
+        urls: servers to connect to in `start` (through `rollout.router_url` if set); empty when they are still
+            starting, then `connect` follows.
         seed: of the data order and the sampling seeds.
         log_path: file that the process's output is appended to.
 
@@ -115,7 +117,7 @@ class RolloutService:
             self._launch()
             info: ServiceInfo = self._call(self._initialize, timeout_s=timeout_s)
             if self._urls:
-                self.connect(self._urls)
+                self.connect(self._urls, router_url=self._initialize.rollout.router_url)
         except BaseException:
             self.close()
             raise
@@ -146,13 +148,17 @@ class RolloutService:
             )
         self._connection = ours
 
-    def connect(self, urls: Sequence[str]) -> None:
+    def connect(self, urls: Sequence[str], *, router_url: str | None = None) -> None:
         """Uses these servers from now on.
+
+        Args:
+            urls: base URLs of the servers.
+            router_url: router before them, if there is one; generation goes through it.
 
         Raises:
             RolloutError: one cannot be reached; names it and the reason.
         """
-        self._call(Connect(urls=tuple(urls)), timeout_s=CONNECT_TIMEOUT_S)
+        self._call(Connect(urls=tuple(urls), router_url=router_url), timeout_s=CONNECT_TIMEOUT_S)
 
     def generate(self, *, step: int, policy_version: int, on_progress: OnProgress | None = None) -> RolloutBatch:
         """The rollouts of one step; see `RolloutGenerator.generate`."""
@@ -230,10 +236,12 @@ class RolloutService:
         command = type(self._pending).__name__
         deadline = time.monotonic() + (SILENCE_S if timeout_s is None else timeout_s)
         while (message := self._receive(deadline)) is not None:
-            if isinstance(message, Progress | Heartbeat):
+            if isinstance(message, Progress | Heartbeat | Notice):
                 if timeout_s is None:
                     deadline = time.monotonic() + SILENCE_S
-                if on_progress is not None and isinstance(message, Progress):
+                if isinstance(message, Notice):
+                    logger.warning("%s", message.text)
+                elif isinstance(message, Progress) and on_progress is not None:
                     on_progress(message)
                 continue
             self._pending = None

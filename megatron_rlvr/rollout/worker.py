@@ -37,6 +37,7 @@ from megatron_rlvr.rollout.messages import (
     Initialize,
     LoadState,
     Message,
+    Notice,
     Ping,
     Progress,
     Result,
@@ -113,24 +114,24 @@ class RolloutWorker:
 
     async def _beat(self) -> None:
         while True:
-            self._tell(Heartbeat())
+            self.tell(Heartbeat())
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _execute(self, command: Command) -> Any:
         match command:
             case Initialize():
                 return await self._initialize(command)
-            case Connect(urls=urls):
-                return await self._connect(urls)
+            case Connect(urls=urls, router_url=router_url):
+                return await self._connect(urls, router_url)
             case Ping():
                 return os.getpid()
         assert self._generator is not None, "Initialize comes first"
         match command:
             case Generate(step=step, policy_version=version):
-                return await self._generator.generate(step=step, policy_version=version, on_progress=self._tell)
+                return await self._generator.generate(step=step, policy_version=version, on_progress=self.tell)
             case Evaluate(policy_version=version, max_problems=max_problems):
                 return await self._generator.evaluate(
-                    policy_version=version, max_problems=max_problems, on_progress=self._tell
+                    policy_version=version, max_problems=max_problems, on_progress=self.tell
                 )
             case LoadState(state=state):
                 return self._generator.load_state_dict(state)
@@ -165,14 +166,14 @@ class RolloutWorker:
         gc.set_threshold(50_000, 20, 100)
         return ServiceInfo(num_train=len(problems.train), num_val=len(validation), num_dropped_prompts=num_dropped)
 
-    async def _connect(self, urls: tuple[str, ...]) -> None:
+    async def _connect(self, urls: tuple[str, ...], router_url: str | None) -> None:
         """Reaches every server before it takes the place of the servers so far."""
         assert self._rollout is not None, "Initialize comes first"
         assert self._generator is not None
         rollout = self._rollout
         client = GenerationClient(
             urls,
-            router_url=rollout.router_url,
+            router_url=router_url,
             concurrency=rollout.concurrency,
             request_timeout_s=rollout.request_timeout_s,
             max_retries=rollout.max_retries,
@@ -186,7 +187,7 @@ class RolloutWorker:
             await self._generator.client.close()
         self._generator.client = client
 
-    def _tell(self, message: Progress | Heartbeat) -> None:
+    def tell(self, message: Progress | Heartbeat | Notice) -> None:
         """Sends what may as well be lost: while the trainer is busy and reads nothing, sending would block the loop."""
         if self._writable.poll(0):
             self._send(message)
@@ -202,6 +203,19 @@ class RolloutWorker:
             await self._generator.client.close()
         if self._verifier is not None:
             await self._verifier.close()
+
+
+class _NoticeHandler(logging.Handler):
+    """Passes warnings on to the trainer."""
+
+    def __init__(self, worker: RolloutWorker) -> None:
+        super().__init__(logging.WARNING)
+        self._worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # An error has its own way to the trainer. The socket belongs to the loop's thread.
+        if record.levelno == logging.WARNING and threading.current_thread() is threading.main_thread():
+            self._worker.tell(Notice(text=record.getMessage()))
 
 
 def watch_trainer(fd: int, trainer_pid: int) -> None:
@@ -221,10 +235,12 @@ def watch_trainer(fd: int, trainer_pid: int) -> None:
 
 
 async def _main(connection: Connection) -> None:
-    worker = asyncio.create_task(RolloutWorker(connection).run())
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.cancel)
+    worker = RolloutWorker(connection)
+    logging.getLogger("megatron_rlvr").addHandler(_NoticeHandler(worker))
+    running = asyncio.create_task(worker.run())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
     try:
-        await worker
+        await running
     except asyncio.CancelledError:
         logger.warning("ended by SIGTERM")
 

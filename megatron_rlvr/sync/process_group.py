@@ -28,9 +28,10 @@ def join_group(
         torch.distributed.DistError: the others did not come within `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    rendezvous = dist.rendezvous(f"tcp://{master_address}:{master_port}", rank, world_size, timeout=timeout)
-    store, rank, world_size = next(iter(rendezvous))
-    store.set_timeout(timeout)
+    # Not torch's rendezvous("tcp://..."): under torchrun that would look for a store of the elastic agent.
+    store = dist.TCPStore(
+        master_address, master_port, world_size, is_master=rank == 0, timeout=timeout, multi_tenant=True
+    )
     group, _ = distributed_c10d._new_process_group_helper(
         world_size,
         rank,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_rlvr.advantage import ESTIMATORS, validate_advantage
 from megatron_rlvr.config.schema import (
-    DType,
     EvalConfig,
     GroupFilter,
     OpsBackend,
@@ -171,4 +170,3 @@ def _check_warm_start(warm: WarmStartConfig, *, scratch: bool) -> None:
         raise ValueError(f"warm_start.target_accuracy must be in (0, 1], got {warm.target_accuracy}")
 
 
-__all__ = ["DType", "check_config", "check_shape"]

@@ -14,7 +14,7 @@ from megatron_rlvr.advantage import compute_advantages
 from megatron_rlvr.config.schema import RunConfig
 from megatron_rlvr.metrics import Max, Mean, Metric, Sum, merge, values
 from megatron_rlvr.policy.parallel import ParallelContext
-from megatron_rlvr.report.html import write_report
+from megatron_rlvr.report.html_report import write_report
 from megatron_rlvr.report.live_view import LiveView
 from megatron_rlvr.report.metrics_writer import MetricsWriter
 from megatron_rlvr.report.samples import write_samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -167,7 +168,7 @@ class Session:
             BroadcastTransport(
                 engines,
                 stage=ranks.pp_rank,
-                host=config.sync.host,
+                host=self._own_address(),
                 bucket_bytes=config.sync.bucket_mb << 20,
                 backend="nccl" if platform.on_gpu() else "gloo",
                 timeout_s=config.sync.timeout_s,
@@ -186,6 +187,12 @@ class Session:
             pause_mode=config.sync.pause_mode.value,
         )
         self._stack.callback(self.sync.close)
+
+    def _own_address(self) -> str:
+        """Where the servers reach this process."""
+        if self.config.sync.host is not None:
+            return self.config.sync.host
+        return socket.gethostname() if self.config.rollout.urls else "127.0.0.1"
 
     def _await_servers(self) -> list[ServerInfo]:
         assert self._servers is not None
