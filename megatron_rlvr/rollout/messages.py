@@ -1,7 +1,7 @@
 """What the trainer and its rollout process say to each other, one pickled object a message.
 
-The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress`,
-`Notice` and `Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP
+The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress`, `Notice`
+and `Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP
 client for it.
 """
 

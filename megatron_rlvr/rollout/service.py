@@ -54,7 +54,8 @@ class RolloutService:
     """Starts the rollout process and asks it for batches; one call at a time.
 
     A mistake in the settings or the data comes back as ValueError, everything else as `RolloutError` with the
-    process's traceback. Its warnings are logged here too. A process that dies is noticed at once, one that is stuck after `SILENCE_S`.
+    process's traceback; its warnings are logged here too. A process that dies is noticed at once, one that is stuck
+    after `SILENCE_S`.
 
     Args:
         data, reward, rollout, evaluation: the parts of the run's configuration that concern rollouts.

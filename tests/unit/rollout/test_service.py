@@ -176,7 +176,9 @@ def test_a_run_with_real_parts(model: Path, server: AddingServer, tmp_path: Path
     assert [group.prompt.uid for group in again.groups] == [group.prompt.uid for group in third.groups]
 
 
-def test_overlap_failures_and_signals(model: Path, server: AddingServer, tmp_path: Path):
+def test_overlap_failures_and_signals(
+    model: Path, server: AddingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     with service(model, tmp_path / "rollout.log") as running:
         running.start(START_S)
         with pytest.raises(RolloutError, match="knows no servers yet"):
@@ -203,6 +205,7 @@ def test_overlap_failures_and_signals(model: Path, server: AddingServer, tmp_pat
             running.generate(step=1, policy_version=0)
         assert running.state_dict() == before
         server.heal()
+        assert f"server {server.url} leaves the routing: HTTP 500: Internal Server Error" in caplog.messages
 
         # Ctrl-C in the terminal is the trainer's business
         os.kill(running.ping(), signal.SIGINT)
@@ -249,7 +252,7 @@ def test_a_busy_trainer_does_not_block_the_process():
     async def scenario() -> int:
         worker = RolloutWorker(theirs)
         for _ in range(20000):  # far more than a socket holds
-            worker._tell(Progress(finished=1, drawn=1, accepted=1, wanted=1, response_tokens=1))
+            worker.tell(Progress(finished=1, drawn=1, accepted=1, wanted=1, response_tokens=1))
         received = 0
         while ours.poll():
             assert ours.recv().finished == 1
