@@ -26,7 +26,7 @@ class ServerProcess:
     """A process with a port, a log and a thread that keeps it alive.
 
     A first start that fails is final (its arguments are wrong, or it lacks memory); a process that has been healthy
-    and dies is started again on the same port, at most ``max_restarts`` times in all.
+    and dies is started again, at most ``max_restarts`` times in all, on the same port unless someone else took it.
 
     Args:
         name: for messages and the log's file name.
@@ -127,9 +127,10 @@ class ServerProcess:
             lifetime.kill_group(process, shared=self._shared)
             if self._stopping.is_set():
                 break
-            if not been_healthy and PORT_TAKEN in tail.lower():
+            if PORT_TAKEN in tail.lower():
                 self._port = free_port(self._bind_host)  # someone was faster
-                continue
+                if not been_healthy:
+                    continue
             failure = f"{self.status.name} (pid {process.pid}) {failure}; log {self._log}:\n{tail}"
             if not been_healthy:
                 self._set(ProcessState.failed, failure, pid=None)
@@ -166,7 +167,7 @@ class ServerProcess:
                 return f"ended before it was healthy, {_describe_exit(process.returncode)}"
             try:
                 status, _ = wire.request(self.status.url, "GET", self._health_path, timeout_s=HEALTH_TIMEOUT_S)
-                if status == 200:
+                if status == 200 and process.poll() is None:
                     return None
             except wire.WireError:
                 pass  # not listening yet
