@@ -85,12 +85,14 @@ class Placement:
 class GenerationClient:
     """Client of one or several SGLang servers, or of a router in front of them.
 
-    Without a router a request goes to the least loaded healthy server. A server that fails (no connection, timeout,
-    HTTP 5xx, an answer that makes no sense, weights older than `min_version`) leaves the routing and is probed until
-    it is healthy and holds those weights; its requests are repeated elsewhere, or on it if there is no other.
+    A request goes through the router, or without one to the least loaded healthy server. A server that fails (no
+    connection, timeout, HTTP 5xx, an answer that makes no sense, weights older than `min_version`) leaves the routing
+    and is probed until it is healthy and holds those weights; its requests are repeated elsewhere, or on it if there
+    is no other. What failed behind the router is repeated at the servers themselves: the router takes seconds to see
+    that one of them is dead.
 
     Args:
-        urls: base URLs of the servers; they also take the aborts, which a router does not know.
+        urls: base URLs of the servers.
         router_url: base URL of sglang-router, if there is one.
         concurrency: requests in flight over all servers.
         request_timeout_s: wall clock of one attempt, from sending to the last byte, in seconds.
@@ -117,9 +119,8 @@ class GenerationClient:
             raise ValueError("rollout.urls must name at least one server, got none")
         self.min_version = 0
         """Lowest policy version whose tokens are taken."""
-        self._control_urls = [url.rstrip("/") for url in urls]
-        self._servers = [_Server(router_url)] if router_url else [_Server(url) for url in urls]
-        self._routed = router_url is not None
+        self._servers = [_Server(url) for url in urls]
+        self._router = None if router_url is None else _Server(router_url)
         self._slots = asyncio.Semaphore(concurrency)
         self._request_timeout_s = request_timeout_s
         self._max_retries = max_retries
@@ -153,11 +154,11 @@ class GenerationClient:
         Raises:
             RolloutError: one does not answer, or is no SGLang server; names it and the reason.
         """
-        urls = list(dict.fromkeys([*self._control_urls, *(server.url for server in self._servers)]))
-        await asyncio.gather(*(self._check_one(url) for url in urls))
+        routers = [] if self._router is None else [self._router]
+        await asyncio.gather(*(self._check_one(server) for server in [*routers, *self._servers]))
 
-    async def _check_one(self, url: str) -> None:
-        path = "/health" if self._routed and url == self._servers[0].url else "/model_info"
+    async def _check_one(self, server: _Server) -> None:
+        url, path = server.url, "/health" if server is self._router else "/model_info"
         try:
             status, body = await self._get(url + path)
             if path == "/model_info" and status == 404:
@@ -170,7 +171,9 @@ class GenerationClient:
     # routing
 
     def place(self, count: int) -> Placement:
-        """Plans ``count`` responses of one prompt on the least loaded healthy server."""
+        """Plans ``count`` responses of one prompt on the router or the least loaded healthy server."""
+        if self._router is not None and self._router.failure is None:
+            return Placement(self._router, count)
         return Placement(self._pick(avoid=None), count)
 
     def _pick(self, *, avoid: _Server | None) -> _Server:
@@ -218,7 +221,7 @@ class GenerationClient:
             status, _ = await self._get(server.url + "/health")
             if status != 200:
                 return f"/health answers HTTP {status}"
-            if self._routed:
+            if server is self._router:
                 return None
             status, body = await self._get(server.url + "/model_info")
             if status == 404:
@@ -342,8 +345,9 @@ class GenerationClient:
 
     def _abort(self, server: _Server, rid: str) -> None:
         """Frees the server of an attempt that nobody waits for any more."""
-        for url in self._control_urls if self._routed else [server.url]:
-            self._spawn(self._abort_at(url, rid))
+        # a router does not say which server has the request, and does not know aborts
+        for holder in self._servers if server is self._router else [server]:
+            self._spawn(self._abort_at(holder.url, rid))
 
     async def _abort_at(self, url: str, rid: str) -> None:
         timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)

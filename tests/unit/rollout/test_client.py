@@ -292,21 +292,35 @@ def test_a_server_with_older_weights_is_not_used_until_it_is_synced():
         asyncio.run(scenario(restarted, synced))
 
 
-def test_a_router_takes_requests_and_its_servers_take_the_aborts():
-    async def scenario(router: FakeSGLang, servers: list[FakeSGLang]) -> Sample:
+def test_a_router_takes_requests_and_its_servers_take_aborts_and_repetitions():
+    async def scenario(router: FakeSGLang, servers: list[FakeSGLang]) -> None:
         async with connected(*servers, router_url=router.url, request_timeout_s=0.3) as client:
             await client.check()
-            sample = await generate(client)
+            assert (await generate(client, "a")).retries == 0
+            router.fault("generate", Fault.hang, times=1)
+            assert (await generate(client, "b")).retries == 1
             await asyncio.gather(*client._background)
-            return sample
+            router.stop()
+            assert (await generate(client, "c")).retries == 1
+            assert (await generate(client, "d")).retries == 0
 
-    with FakeSGLang(eos_token_id=None) as router, FakeSGLang() as one, FakeSGLang() as two:
-        router.fault("generate", Fault.hang, times=1)
-        sample = asyncio.run(scenario(router, [one, two]))
-        assert sample.retries == 1
-        assert (one.count("generate"), two.count("generate"), router.count("generate")) == (0, 0, 2)
-        assert one.bodies("abort_request") == two.bodies("abort_request") == [{"rid": "r.0."}]
+    with FakeSGLang() as router, FakeSGLang() as one, FakeSGLang() as two:
+        asyncio.run(scenario(router, [one, two]))
+        assert [body["rid"] for body in router.bodies("generate")] == ["a.0.", "b.0."]
+        assert [body["rid"] for body in one.bodies("generate")] == ["b.1.", "c.1.", "d.0."]
+        assert one.bodies("abort_request")[0] == two.bodies("abort_request")[0] == {"rid": "b.0."}
         assert router.count("abort_request") == 0
+
+
+def test_a_dead_router_is_named():
+    url = free_url()
+
+    async def scenario(server: FakeSGLang) -> None:
+        async with connected(server, router_url=url) as client:
+            await client.check()
+
+    with FakeSGLang() as server, pytest.raises(RolloutError, match=f"server {url} cannot be reached"):
+        asyncio.run(scenario(server))
 
 
 ANSWER = {
