@@ -145,7 +145,7 @@ def main() -> None:
     torch.save(results, folder / f"{world_size}_{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=["reference"])
+@pytest.fixture(scope="module", params=["reference", "native"])
 def results(request, tmp_path_factory):
     """What every rank of every world wrote: results[world_size][rank]."""
     folder = tmp_path_factory.mktemp("ranks")

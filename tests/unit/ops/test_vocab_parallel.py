@@ -9,6 +9,8 @@ import torch
 from megatron_rlvr.ops import vocab_parallel_logprob_entropy
 from megatron_rlvr.ops.reference.vocab_parallel import merge_statistics, shard_statistics
 
+pytestmark = pytest.mark.usefixtures("ops_backend")
+
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
 
 
