@@ -1,0 +1,100 @@
+"""What CONTRIBUTING.md promises about the house itself."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 80
+DUMPING_GROUNDS = {"util", "utils", "helper", "helpers", "common", "misc"}
+
+
+def sources() -> Iterator[Path]:
+    for top in ("megatron_rlvr", "tools", "slurm"):
+        yield from sorted((ROOT / top).rglob("*.py"))
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    found = [line.split("==") for line in lines if line and not line.startswith("#")]
+    assert all(len(pair) == 2 for pair in found), "a lock file has exact pins only"
+    names = [canonicalize_name(name) for name, _ in found]
+    assert len(set(names)) == len(names), "a package is pinned once"
+    return {canonicalize_name(name): version.partition("+")[0] for name, version in found}
+
+
+def direct_requirements() -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements" / "direct.in").read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+@pytest.mark.parametrize("lock", ["cpu.txt", "cuda.txt"])
+def test_lock_files_pin_all_that_is_asked_for_directly(lock: str) -> None:
+    locked = pins(lock)
+    for requirement in direct_requirements():
+        assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert locked["sglang"] == "0.5.21"
+
+
+def test_both_lock_files_agree_on_what_defines_results() -> None:
+    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
+    for name in ("torch", "megatron-core", "sglang", "transformers", "tokenizers", "reasoning-gym", "math-verify"):
+        assert cpu[name] == cuda[name], name
+
+
+def test_files_and_functions_stay_short() -> None:
+    too_long = []
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > MAX_FILE_LINES:
+            too_long.append(f"{path.relative_to(ROOT)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    too_long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert too_long == []
+
+
+def test_there_is_no_dumping_ground() -> None:
+    folders = [path for path in (ROOT / "megatron_rlvr").rglob("*") if path.suffix in ("", ".py")]
+    assert [path for path in folders if path.stem.lower() in DUMPING_GROUNDS] == []
+
+
+def test_the_changelog_has_room_for_the_next_change() -> None:
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("", "Python 3.11 or 3.12 must be on the path"),
+        ("old", "PYTHON must be 3.11 or 3.12, got 3.9"),
+    ],
+)
+def test_make_says_which_python_it_needs(tmp_path: Path, python: str, message: str) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "cpu.txt").write_text("torch==0\n")
+    if python:
+        # The interpreter of these tests, saying that it is an older one.
+        old = tmp_path / "old"
+        pretence = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])"
+        old.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "{pretence}" "$2"\nexit 1\n')
+        old.chmod(0o755)
+        python = str(old)
+    command = ["make", "-C", str(tmp_path), ".venv/bin/python", f"PYTHON={python}", "CUDA=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / ".venv").exists()
