@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr.rollout import lifetime, wire
 from megatron_rlvr.rollout.discovery import ProcessState, ProcessStatus
@@ -109,8 +110,8 @@ class ServerProcess:
         host = f"[{self._url_host}]" if ":" in self._url_host else self._url_host
         return f"http://{host}:{self._port}"
 
-    def _set(self, state: ProcessState, message: str, **fields: object) -> None:
-        self.status = replace(self.status, state=state, message=message, url=self._url(), **fields)  # type: ignore[arg-type]
+    def _set(self, state: ProcessState, message: str, **fields: Any) -> None:
+        self.status = replace(self.status, state=state, message=message, url=self._url(), **fields)
         self._on_change()
 
     def _keep_alive(self) -> None:

@@ -7,7 +7,10 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import requests
+
+FORCED = [87, 111, 114, 108, 100]
 
 ENDLESS = {"max_new_tokens": 3500, "temperature": 1.0, "ignore_eos": True}
 """Takes many seconds: tests catch it half-way and then abort it, so that none depends on speed."""
@@ -23,6 +26,12 @@ def generate(url: str, input_ids: Any, sampling_params: Any, **fields: Any) -> A
     response = post(url, "/generate", body)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def forced_logprobs(url: str, prompt: list[int]) -> np.ndarray:
+    """float [5] log-probs of the tokens `FORCED` after a prompt: they show the weights, sampling apart."""
+    answer = generate(url, prompt + FORCED, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=0)
+    return np.array([entry[0] for entry in answer["meta_info"]["input_token_logprobs"][len(prompt) :]])
 
 
 class RunningRequest:

@@ -3,69 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megatron_rlvr.rollout.engine import HttpEngine, probe
+from megatron_rlvr.rollout.engine import probe
 from megatron_rlvr.types import EngineError, TensorMeta
 from tests.contract.conftest import PROMPT, Subject
 from tests.contract.hugging_face import continuation_logprobs
-from tests.contract.talk import RunningRequest, generate
-
-GROUP = "contract"
-FORCED = [87, 111, 114, 108, 100]
-
-
-def forced_logprobs(url: str) -> np.ndarray:
-    """float [5] log-probs of fixed tokens after the prompt: they show the weights, sampling apart."""
-    answer = generate(url, PROMPT + FORCED, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=0)
-    return np.array([entry[0] for entry in answer["meta_info"]["input_token_logprobs"][len(PROMPT) :]])
-
-
-class Trainer:
-    """Rank 0 of a gloo group of two; the server is rank 1."""
-
-    def __init__(self, engine: HttpEngine) -> None:
-        timeout = timedelta(seconds=60)
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        with ThreadPoolExecutor(1) as threads:
-            joined = threads.submit(
-                engine.init_group,
-                master_address="127.0.0.1",
-                master_port=store.port,
-                rank_offset=1,
-                world_size=2,
-                group_name=GROUP,
-                backend="gloo",
-            )
-            # the prefixes that torch's own group helper adds: the given name, the group's name, the device
-            prefixed = dist.PrefixStore("cpu/", dist.PrefixStore(f"{GROUP}/", dist.PrefixStore(GROUP, store)))
-            self.group = dist.ProcessGroupGloo(prefixed, 0, 2, timeout)
-            joined.result()
-        self.engine = engine
-
-    def send(self, tensors: dict[str, torch.Tensor], version: int | None) -> None:
-        """One flattened bucket."""
-        metas = [
-            TensorMeta(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
-            for name, tensor in tensors.items()
-        ]
-        flat = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors.values()])
-        with ThreadPoolExecutor(1) as threads:
-            reply = threads.submit(self.engine.update_from_distributed, metas, group_name=GROUP, weight_version=version)
-            self.group.broadcast(flat, 0).wait()
-            reply.result()
+from tests.contract.talk import FORCED, RunningRequest, forced_logprobs, generate
+from tests.contract.trainer_rank import GROUP, TrainerRank
 
 
 @pytest.fixture
-def trainer(subject: Subject) -> Iterator[Trainer]:
-    trainer = Trainer(subject.engine)
+def trainer(subject: Subject) -> Iterator[TrainerRank]:
+    trainer = TrainerRank(subject.engine)
     yield trainer
     subject.engine.destroy_group(GROUP)
 
@@ -87,15 +41,15 @@ def test_version_is_set_without_touching_requests(subject: Subject) -> None:
 
 def test_update_from_disk_changes_weights_and_back(subject: Subject) -> None:
     checksum = subject.engine.weights_checksum()
-    before = forced_logprobs(subject.url) if subject.real else None
+    before = forced_logprobs(subject.url, PROMPT) if subject.real else None
     subject.engine.update_from_disk(str(subject.other_model), weight_version=1)
     assert subject.engine.weight_version() == "1"
     assert subject.engine.weights_checksum() != checksum
     if before is not None:
-        assert np.abs(forced_logprobs(subject.url) - before).max() > 0.1
+        assert np.abs(forced_logprobs(subject.url, PROMPT) - before).max() > 0.1
         subject.engine.update_from_disk(str(subject.model), weight_version=2)
         assert subject.engine.weights_checksum() == checksum
-        np.testing.assert_allclose(forced_logprobs(subject.url), before, atol=1e-6)
+        np.testing.assert_allclose(forced_logprobs(subject.url, PROMPT), before, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
@@ -163,7 +117,7 @@ def test_distributed_update_needs_a_session_and_a_group(subject: Subject) -> Non
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
-def test_distributed_update_in_buckets(subject: Subject, trainer: Trainer, mode: str) -> None:
+def test_distributed_update_in_buckets(subject: Subject, trainer: TrainerRank, mode: str) -> None:
     weights = load_file(subject.other_model / "model.safetensors")
     names = sorted(weights)
     running = RunningRequest(subject.url, PROMPT)
@@ -191,13 +145,13 @@ def test_distributed_update_in_buckets(subject: Subject, trainer: Trainer, mode:
 
 def check_against_disk(subject: Subject) -> None:
     """The engine now holds, bit for bit, what it would have loaded from the other folder."""
-    checksum, logprobs = subject.engine.weights_checksum(), forced_logprobs(subject.url)
+    checksum, logprobs = subject.engine.weights_checksum(), forced_logprobs(subject.url, PROMPT)
     np.testing.assert_allclose(logprobs, continuation_logprobs(subject.other_model, PROMPT, FORCED), atol=1e-4)
     subject.engine.update_from_disk(str(subject.other_model), weight_version=2)
     assert subject.engine.weights_checksum() == checksum
 
 
-def test_fake_receives_what_was_sent(subject: Subject, trainer: Trainer, request: pytest.FixtureRequest) -> None:
+def test_fake_receives_what_was_sent(subject: Subject, trainer: TrainerRank, request: pytest.FixtureRequest) -> None:
     if subject.real:
         pytest.skip("a real server shows its weights by checksum")
     sent = {"a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "b": torch.tensor([1.5, -2.0])}
