@@ -141,7 +141,7 @@ class ServerFleet:
             bind_host=config.host,
             url_host=_reachable(config.host),
             num_ranks=0,
-            health_path="/health",
+            health_path="/readiness",
             folder=self._spec.folder,
             startup_timeout_s=config.startup_timeout_s,
             max_restarts=config.max_restarts,

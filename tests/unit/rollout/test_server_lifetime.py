@@ -3,6 +3,7 @@ the sglang package that the launcher imports is `tests/fakes/sglang_package`."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from megatron_rlvr.config.schema import DType, RolloutConfig, ServerConfig
-from megatron_rlvr.rollout import lifetime
+from megatron_rlvr.rollout import lifetime, wire
 from megatron_rlvr.rollout.discovery import FleetState, FleetStatus, ProcessState, read_status
 from megatron_rlvr.rollout.engine import HttpEngine
 from megatron_rlvr.rollout.server import LocalServers, ServerStartError
@@ -216,3 +217,32 @@ def test_serve_writes_where_its_servers_are_and_ends_on_sigterm(model: Path, tmp
     assert final is not None
     assert final.state is FleetState.stopped
     assert_nothing_left(leaders(status))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang_router") is None, reason="sglang-router is not installed")
+def test_router_spreads_requests_and_comes_back(start: Callable[..., LocalServers]) -> None:
+    servers = start(num_servers=2, router=True)
+    infos = servers.wait_ready(lambda line: None)
+    url = servers.router_url
+    assert url is not None
+    assert url not in {info.url for info in infos}
+    router = status_of(servers).router
+    assert router is not None
+
+    def generate(number: int) -> bool:
+        body = {"input_ids": [number, 1], "sampling_params": {"max_new_tokens": 2}, "rid": str(number)}
+        status, answer = wire.request(url, "POST", "/generate", body=body, timeout_s=30.0)
+        return status == 200 and json.loads(answer)["meta_info"]["id"] == str(number)
+
+    assert all(generate(number) for number in range(8))
+    assert wire.request(url, "POST", "/pause_generation", body={"mode": "retract"}, timeout_s=5.0)[0] == 404
+    os.kill(router.pid or 0, signal.SIGKILL)
+
+    def back() -> bool:
+        now = status_of(servers).router
+        return now is not None and now.restarts == 1 and now.state is ProcessState.ready
+
+    wait_until(back, "restart of the router")
+    assert generate(9)
+    servers.stop()
+    assert_nothing_left([*leaders(status_of(servers)), router.pid or 0])
