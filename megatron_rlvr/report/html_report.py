@@ -6,6 +6,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -127,18 +128,45 @@ def _tile(heading: str, value: str, below: str, *, main: bool = False) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out accuracy at one step."""
+
+    step: int
+    accuracy: float
+    num_problems: int | None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the accuracy as a share of `num_problems` independent problems."""
+        if not self.num_problems:
+            return None
+        return math.sqrt(max(self.accuracy * (1 - self.accuracy), 0.0) / self.num_problems)
+
+
+def evaluations(rows: Sequence[Row]) -> list[Evaluation]:
+    """What was measured on held-out problems; ``eval/start_accuracy`` of a row is that before its step."""
+    found = []
+    for row in rows:
+        for key, step in (("eval/start_accuracy", row["step"] - 1), ("eval/accuracy", row["step"])):
+            if row.get(key) is not None:
+                problems = row.get("eval/num_problems")
+                found.append(
+                    Evaluation(step=step, accuracy=row[key], num_problems=None if problems is None else int(problems))
+                )
+    return found
+
+
 def _accuracy_tile(rows: Sequence[Row]) -> str:
-    measured = [row for row in rows if row.get("eval/accuracy") is not None]
+    measured = evaluations(rows)
     if not measured:
         return ""
     first, last = measured[0], measured[-1]
-    problems = last.get("eval/num_problems")
-    below = f"step {first['step']} to {last['step']}"
-    if problems:
-        error = _standard_error(last["eval/accuracy"], problems)
-        below = f"{int(problems)} problems, ±{error * 100:.1f} points, {below}"
-    value = f"{first['eval/accuracy']:.1%} → {last['eval/accuracy']:.1%}"
-    return _tile("Held-out accuracy", value if len(measured) > 1 else f"{last['eval/accuracy']:.1%}", below, main=True)
+    below = f"step {first.step} to {last.step}"
+    if last.standard_error is not None:
+        below = f"{last.num_problems} problems, ±{last.standard_error * 100:.1f} points, {below}"
+    value = f"{last.accuracy:.1%}" if first is last else f"{first.accuracy:.1%} → {last.accuracy:.1%}"
+    return _tile("Held-out accuracy", value, below, main=True)
 
 
 def _trend_tile(rows: Sequence[Row], key: str, heading: str, unit: str = "") -> str:
@@ -168,10 +196,6 @@ def _time_tile(rows: Sequence[Row]) -> str:
 
 
 # ---- charts
-
-
-def _standard_error(share: float, count: float) -> float:
-    return math.sqrt(max(share * (1 - share), 0.0) / count)
 
 
 def _charts(rows: Sequence[Row]) -> str:
@@ -236,17 +260,17 @@ def _chart(rows: Sequence[Row], title: str, labels: Mapping[str, str], **options
 
 
 def _accuracy_chart(rows: Sequence[Row]) -> Chart | None:
-    measured = [row for row in rows if row.get("eval/accuracy") is not None]
+    measured = evaluations(rows)
     if not measured:
         return None
-    values = [row["eval/accuracy"] for row in measured]
-    counts = [row.get("eval/num_problems") for row in measured]
-    errors = [None if not n else _standard_error(v, n) for v, n in zip(values, counts, strict=True)]
+    accuracy = Series(
+        label="accuracy", values=[e.accuracy for e in measured], errors=[e.standard_error for e in measured]
+    )
     return Chart(
         title="Held-out accuracy",
-        note="± one standard error over the problems",
-        steps=[row["step"] for row in measured],
-        series=[Series(label="accuracy", values=values, errors=errors)],
+        note="± one standard error over the problems" if any(e.num_problems for e in measured) else "",
+        steps=[e.step for e in measured],
+        series=[accuracy],
         percent=True,
         points=True,
         bounds=(0.0, 1.0),

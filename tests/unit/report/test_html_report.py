@@ -3,8 +3,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megatron_rlvr.report import METRICS_FILE, RESOLVED_CONFIG, MetricsWriter, write_report, write_samples
+from megatron_rlvr.report.html_report import evaluations
 from megatron_rlvr.types import FinishReason, Prompt, Rollout, RolloutGroup
 
 VOID = {"meta", "line", "path", "circle", "br"}
@@ -94,6 +96,13 @@ def test_the_report_shows_what_the_run_was_for_and_loads_nothing(tmp_path: Path)
         "Gradient norm",
         "Throughput",
     ]
+
+
+def test_accuracy_before_the_first_step_is_the_start() -> None:
+    rows = [row(1, **{"eval/start_accuracy": 0.2, "eval/num_problems": 16.0}), row(2, **{"eval/accuracy": 0.5})]
+    start, end = evaluations(rows)
+    assert (start.step, start.accuracy, start.standard_error) == (0, 0.2, pytest.approx(0.1))
+    assert (end.step, end.accuracy, end.standard_error) == (2, 0.5, None)
 
 
 def test_a_run_that_has_just_begun_or_lost_its_metrics_still_has_a_page(tmp_path: Path) -> None:
