@@ -49,7 +49,7 @@ test: setup
 lint: setup
 	@echo "==> ruff";         $(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@echo "==> mypy";         $(PY) -m mypy
-	@echo "==> floors";       PYTHONPATH=. $(VENV)/bin/lint-imports
+	@echo "==> floors";       PYTHONPATH=. $(VENV)/bin/lint-imports --no-logo
 	@echo "==> clang-format"; find csrc -name '*.[ch]*' -exec $(VENV)/bin/clang-format --dry-run --Werror {} +
 
 setup: $(BUILT)
