@@ -2,6 +2,7 @@
 # make lint    style, types, floors                          make setup  only .venv
 #
 # PYTHON=...   interpreter for .venv (3.11 or 3.12)          CUDA=0|1    which lock file; found out when not given
+# TORCH_INDEX=URL  package index for torch alone, where the configured one has no build for this machine
 # ARGS="..."   more Hydra overrides for train, or more pytest arguments for test
 
 SHELL := /bin/bash
@@ -13,6 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 CUDA ?= $(shell if [ -e /dev/nvidiactl ] || nvidia-smi -L 2>/dev/null | grep -q GPU; then echo 1; else echo 0; fi)
 ARGS ?=
+TORCH_INDEX ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -38,7 +40,7 @@ FOLLOW_BUILD := awk ' \
 .PHONY: help setup train test lint clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n 1,5p
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed -n 1,6p
 
 train: setup
 	@$(VENV)/bin/torchrun --standalone --nproc-per-node 2 -m megatron_rlvr.train experiment=quickstart $(ARGS)
@@ -64,9 +66,7 @@ $(PY):
 $(LOCKED): | $(PY)
 	@echo "==> $$(grep -c == $(LOCK)) packages of $(LOCK) (some minutes the first time)"
 	@torch=$$(grep '^torch==' $(LOCK)); \
-	$(PIP) install -qq --no-deps --no-compile "$$torch" 2>/dev/null || { \
-		echo "    $$torch is not at the configured package index: asking PyTorch's"; \
-		$(PIP) install -qq --no-deps --no-compile --index-url https://download.pytorch.org/whl/$(if $(filter 1,$(CUDA)),cu130,cpu) "$$torch"; }
+	$(PIP) install -qq --no-deps --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$torch"
 	@$(PIP) install --no-deps --no-compile --progress-bar off -r $(LOCK) 2>&1 | $(FOLLOW)
 	@rm -f $(VENV)/.locked-* && touch $@
 

@@ -21,9 +21,11 @@ def run(config: RunConfig, resolved_yaml: str) -> None:
     """Checks, trains and reports one run on this rank."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     # Imported late: a mistake in the configuration answers before torch and Megatron are loaded.
-    from megatron_rlvr.trainer.checks import check_config
+    from megatron_rlvr.trainer.checks import check_config, check_outside
 
     warnings = check_config(config, world_size=world_size)
+    if rank == 0:
+        check_outside(config)
 
     from megatron_rlvr.policy.parallel import ParallelContext
     from megatron_rlvr.report.live_view import LiveView

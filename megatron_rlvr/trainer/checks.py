@@ -16,11 +16,17 @@ from megatron_rlvr.config.schema import (
     Transport,
     WarmStartConfig,
 )
+from megatron_rlvr.data.problems import load_problems
+from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.loss import LOSSES, validate_loss
 from megatron_rlvr.loss.aggregation import AGGREGATIONS
 from megatron_rlvr.ops import backend
+from megatron_rlvr.rollout.engine import probe
+from megatron_rlvr.types import EngineError
 from megatron_rlvr.weights.hf_config import ModelShape
 from megatron_rlvr.weights.layout import Layout
+
+PROBE_TIMEOUT_S = 5.0
 
 
 def check_config(config: RunConfig, *, world_size: int) -> list[str]:
@@ -62,6 +68,25 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
             f"data.max_prompt_tokens + rollout.max_response_tokens must be at most the model's "
             f"{shape.max_position_embeddings} positions, got {longest}"
         )
+
+
+def check_outside(config: RunConfig) -> None:
+    """Looks at what the run will read: data files, tokenizer, running servers. For one rank only.
+
+    Raises:
+        ValueError: a broken data row (by file and line), a missing tokenizer, a server that does not answer.
+    """
+    if config.data.jsonl:
+        load_problems(config.data, config.reward)
+    if config.model.path is not None:
+        Tokenizer.load(config.model.path)
+    for url in config.rollout.urls:
+        try:
+            probe(url, timeout_s=PROBE_TIMEOUT_S)
+        except EngineError as error:
+            raise ValueError(
+                f"rollout.urls must name running SGLang servers, but {url} does not answer: {error}"
+            ) from error
 
 
 def _check_model_source(config: RunConfig) -> None:
@@ -168,5 +193,3 @@ def _check_warm_start(warm: WarmStartConfig, *, scratch: bool) -> None:
         raise ValueError("warm_start.enabled must be true with model.scratch: random weights solve nothing")
     if not 0.0 < warm.target_accuracy <= 1.0:
         raise ValueError(f"warm_start.target_accuracy must be in (0, 1], got {warm.target_accuracy}")
-
-
