@@ -202,9 +202,9 @@ def select_tokens(
     for name, tensor in {"trajectory_T": trajectory_T, "position_T": position_T}.items():
         check_tensor(tensor, name=name, dims=1, dtypes=INTEGER_DTYPES)
         check_same_length(logprobs_T.shape[0], **{name: tensor})
-        masked = tensor[mask_T]
-        if masked.numel() and not (int(masked.min()) >= 0 and int(masked.max()) < 1 << 31):
-            raise ValueError(f"{name} must be in [0, 2**31) on masked tokens, got {masked.min()} to {masked.max()}")
+        low, high = _range(torch.where(mask_T, tensor, 0))
+        if low < 0 or high >= 1 << 31:
+            raise ValueError(f"{name} must be in [0, 2**31) on masked tokens, got {low if low < 0 else high}")
     if method == "kl_cov" and (ratio_clipped_T is not None or (lower, upper) != (1.0, 5.0)):
         raise ValueError("lower, upper and ratio_clipped_T have no effect with method='kl_cov'")
     if ratio_clipped_T is not None:
@@ -311,6 +311,14 @@ def ratio_clipped(
         eps_high=check_not_negative(eps_high, name="eps_high"),
         logratio_clamp=check_positive(logratio_clamp, name="logratio_clamp"),
     )
+
+
+def _range(tensor: torch.Tensor) -> tuple[int, int]:
+    """Smallest and largest entry; zeros where there are none."""
+    if tensor.numel() == 0:
+        return 0, 0
+    low, high = tensor.aminmax()
+    return int(low), int(high)
 
 
 def _check_tokens(logprobs_T: torch.Tensor, mask_T: torch.Tensor, **values: torch.Tensor) -> None:
