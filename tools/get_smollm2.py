@@ -93,6 +93,8 @@ def convert(work: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    # The file's title, which is no setting of the model.
+    vars(model.config).pop("_model_name_or_path", None)
     # GGUF stores it in float32: 9.99999974e-06 comes back.
     model.config.rms_norm_eps = RMS_NORM_EPS
     # The converter names the begin-of-turn token for both ends.
