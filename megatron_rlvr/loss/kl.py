@@ -10,7 +10,7 @@ LOGRATIO_CLAMP = 20.0
 
 
 def reference_kl(
-    logprobs_T: torch.Tensor, ref_logprobs_T: torch.Tensor, mask_T: torch.Tensor, *, kind: KlKind
+    logprobs_T: torch.Tensor, ref_logprobs_T: torch.Tensor, mask_T: torch.Tensor, *, kind: KlKind | str
 ) -> torch.Tensor:
     """Estimates of KL(pi || ref) on tokens sampled from pi, with d = log ref - log pi clamped to +-20.
 
@@ -22,11 +22,15 @@ def reference_kl(
         logprobs_T: fp32 or fp64 [T] nats, current policy, with gradient.
         ref_logprobs_T: [T] nats, reference.
         mask_T: bool [T].
-        kind: estimator.
+        kind: estimator, the enum or its name.
 
     Returns:
         [T] nats, 0 outside the mask.
+
+    Raises:
+        ValueError: unknown kind.
     """
+    kind = KlKind(kind)
     difference_T = torch.where(mask_T, ref_logprobs_T.detach(), 0.0) - torch.where(mask_T, logprobs_T, 0.0)
     difference_T = difference_T.clamp(-LOGRATIO_CLAMP, LOGRATIO_CLAMP)
     if kind is KlKind.k1:

@@ -116,6 +116,7 @@ def test_reference_kl(kind, value, slope):
     ref = torch.tensor([-1.5, -0.7, -0.6, torch.nan], dtype=torch.float64)
     mask = torch.tensor([True, True, True, False])
     kl = reference_kl(logprobs, ref, mask, kind=kind)
+    torch.testing.assert_close(reference_kl(logprobs, ref, mask, kind=kind.value), kl, rtol=0, atol=0)
     kl.sum().backward()
     differences = (ref - logprobs).tolist()[:3]
     torch.testing.assert_close(kl.tolist(), [*(value(d) for d in differences), 0.0])
