@@ -73,7 +73,8 @@ class ShardedWriter:
 
     Several processes may write at once, each with its own ``rank``; rank 0 must be constructed before the
     others, and commits after all have written (the caller's barriers). Leaving the ``with`` block by an exception
-    removes the incomplete folder unless ``resume`` is set.
+    removes the incomplete folder, unless ``resume`` is set and the exception is an interruption: after a `ValueError`
+    (wrong data) a second attempt would only repeat it.
 
     Example:
         >>> with ShardedWriter(folder, mapping.hf_tensors(), dtype=torch.bfloat16) as writer:
@@ -137,7 +138,8 @@ class ShardedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if self._rank == 0 and self._partial.is_dir() and not (kind is not None and self._resume):
+        interrupted = kind is not None and not issubclass(kind, ValueError)
+        if self._rank == 0 and self._partial.is_dir() and not (interrupted and self._resume):
             shutil.rmtree(self._partial)
 
     @property
