@@ -136,7 +136,7 @@ def extension_of(torch) -> tuple[Extension, type]:
     sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/ops/*.cpp"))
     sources += sorted(ROOT.glob("csrc/ops/cpu/*.cpp"))
     # OpenMP's code but not its library: torch's runtime serves both; a second would double the threads.
-    flags = {"cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
     macros = [("MEGATRON_RLVR_VERSION", f'"{version()}"')]
     if nvcc is not None:
         sources += sorted(ROOT.glob("csrc/ops/cuda/*.cpp")) + sorted(ROOT.glob("csrc/ops/cuda/*.cu"))

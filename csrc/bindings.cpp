@@ -1,7 +1,9 @@
 // The Python module megatron_rlvr._C. Loading it registers the ops with torch's dispatcher
 // (torch.ops.megatron_rlvr.*); the module itself only says how it was built and what this machine runs.
 
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
 
 #include <map>
 #include <string>
@@ -13,9 +15,12 @@ namespace {
 namespace cpu = megatron_rlvr::vocab_logprob::cpu;
 
 void set_cpu_kernels(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "portable" || name == "avx2" || name == "avx512",
-                    "name must be portable, avx2 or avx512, got ", name);
-  TORCH_CHECK_VALUE(cpu::select_kernels(name.c_str()), "name must be a set that this machine runs, got ", name);
+  if (name != "portable" && name != "avx2" && name != "avx512") {
+    throw pybind11::value_error("name must be portable, avx2 or avx512, got " + name);
+  }
+  if (!cpu::select_kernels(name.c_str())) {
+    throw pybind11::value_error("name must be a set that this machine runs, got " + name);
+  }
 }
 
 std::map<std::string, std::string> build_info() {

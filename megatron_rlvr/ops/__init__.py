@@ -5,6 +5,8 @@ Letters: T packed tokens, V vocabulary columns of this rank's shard, N responses
 
 from megatron_rlvr.ops import reference  # noqa: F401 - registers the reference implementations
 from megatron_rlvr.ops.backend import get_backend, set_backend
+from megatron_rlvr.ops.bucket import pack_bucket, unpack_bucket
+from megatron_rlvr.ops.chunked_head import chunked_logprob_entropy
 from megatron_rlvr.ops.covariance import TokenCovariance
 from megatron_rlvr.ops.faces import (
     group_advantages,
@@ -17,12 +19,15 @@ from megatron_rlvr.ops.faces import (
 
 __all__ = [
     "TokenCovariance",
+    "chunked_logprob_entropy",
     "get_backend",
     "group_advantages",
+    "pack_bucket",
     "policy_loss",
     "ratio_clipped",
     "select_tokens",
     "set_backend",
     "token_covariance",
+    "unpack_bucket",
     "vocab_parallel_logprob_entropy",
 ]

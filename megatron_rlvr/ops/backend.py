@@ -13,7 +13,11 @@ from typing import Any, TypeVar
 
 BACKENDS = ("native", "reference")
 
-NATIVE_MODULES = ("megatron_rlvr.ops.native", "megatron_rlvr.ops.native_tokens")
+NATIVE_MODULES = (
+    "megatron_rlvr.ops.native",
+    "megatron_rlvr.ops.native_chunked_head",
+    "megatron_rlvr.ops.native_tokens",
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -8,6 +8,7 @@ Letters: T tokens, V vocabulary columns of this rank's shard, R ranks of the gro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,42 +38,44 @@ def vocab_parallel_logprob_entropy(
     if logits_TV.stride(1) != 1 and logits_TV.shape[1] > 1:
         logits_TV = logits_TV.contiguous()
     targets_T = targets_T.long().contiguous()
+    width = logits_TV.shape[1]
+
+    def statistics(first_column: int) -> torch.Tensor:
+        return _ops.vocab_logprob_statistics(logits_TV, targets_T, None, temperature, first_column, width)
+
     with torch.no_grad():
-        statistics_RT4, first_column = gather_statistics(logits_TV, targets_T, temperature=temperature, group=group)
+        statistics_RT4, first_column, vocab_size = gather_statistics(statistics, width=width, group=group)
+    check_targets(targets_T, vocab_size=vocab_size)
     logprobs_T, entropy_T, _ = _ops.vocab_logprob_merge(
-        logits_TV, targets_T, statistics_RT4, None, temperature, first_column, logits_TV.shape[1], inplace_backward
+        logits_TV, targets_T, statistics_RT4, None, temperature, first_column, width, inplace_backward
     )
     return logprobs_T, entropy_T
 
 
 def gather_statistics(
-    logits_TV: torch.Tensor, targets_T: torch.Tensor, *, temperature: float, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, int]:
-    """The statistics of all shards, by one read of the logits and one all-gather.
+    statistics: Callable[[int], torch.Tensor], *, width: int, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, int, int]:
+    """The statistics of all shards, by one all-gather.
+
+    Args:
+        statistics: gives this shard's fp64 [T, 4] (packed as in csrc/ops/vocab_logprob.h) for its first column.
+        width: columns of this shard. Where ranks differ in it, which the trainer's layouts never do, the
+            statistics are taken and gathered a second time.
 
     Returns:
-        fp64 [R, T, 4], packed as in csrc/ops/vocab_logprob.h, and the first column of this rank's shard.
-
-    Raises:
-        ValueError: a target outside the vocabulary.
+        fp64 [R, T, 4] in rank order, the first column of this rank's shard, the vocabulary's size.
     """
-    width = logits_TV.shape[1]
     if group is None or dist.get_world_size(group) == 1:
-        check_targets(targets_T, vocab_size=width)
-        return _ops.vocab_logprob_statistics(logits_TV, targets_T, None, temperature, 0, width)[None], 0
+        return statistics(0)[None], 0, width
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    first_column = rank * width
-    packed_T4 = _ops.vocab_logprob_statistics(logits_TV, targets_T, None, temperature, first_column, width)
-    # The shard's width rides along, so that unequal shards need a second collective only where they occur.
-    gathered_R = _all_gather(torch.cat([packed_T4.new_full((1, packed_T4.shape[1]), float(width)), packed_T4]), group)
+    packed_T4 = statistics(rank * width)
+    header = packed_T4.new_full((1, packed_T4.shape[1]), float(width))
+    gathered_R = _all_gather(torch.cat([header, packed_T4]), group)
     widths = [int(w) for w in gathered_R[:, 0, 0].tolist()]
-    statistics_RT4 = gathered_R[:, 1:]
-    if widths != [width] * ranks:
-        first_column = sum(widths[:rank])
-        packed_T4[:, 3] = _target_logits(logits_TV, targets_T, first_column=first_column) / temperature
-        statistics_RT4 = _all_gather(packed_T4, group)
-    check_targets(targets_T, vocab_size=sum(widths))
-    return statistics_RT4, first_column
+    first_column = sum(widths[:rank])
+    if widths == [width] * ranks:
+        return gathered_R[:, 1:], first_column, sum(widths)
+    return _all_gather(statistics(first_column), group), first_column, sum(widths)
 
 
 def check_targets(targets_T: torch.Tensor, *, vocab_size: int) -> None:
@@ -84,22 +87,24 @@ def check_targets(targets_T: torch.Tensor, *, vocab_size: int) -> None:
         raise ValueError(f"targets_T must be in [0, {vocab_size}), got {low if low < 0 else high}")
 
 
-def _target_logits(logits_TV: torch.Tensor, targets_T: torch.Tensor, *, first_column: int) -> torch.Tensor:
-    """fp64 [T] target logits, -inf where the target is not a column of this shard."""
-    column_T = targets_T - first_column
-    local_T = (column_T >= 0) & (column_T < logits_TV.shape[1])
-    if not logits_TV.shape[1]:
-        return torch.full(targets_T.shape, -torch.inf, dtype=torch.float64, device=logits_TV.device)
-    picked_T = logits_TV.gather(1, column_T.clamp(0, logits_TV.shape[1] - 1)[:, None])[:, 0].double()
-    return picked_T.where(local_T, -torch.inf)
-
-
 def _all_gather(local: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """[R, *local.shape] in rank order."""
     ranks = dist.get_world_size(group)
     gathered = local.new_empty(ranks * local.shape[0], *local.shape[1:])
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
     return gathered.view(ranks, *local.shape)
+
+
+@register("pack_bucket", backend="native")
+def pack_bucket(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+    """See `megatron_rlvr.ops.pack_bucket`."""
+    return _ops.pack_bucket(list(tensors), dtype)
+
+
+@register("unpack_bucket_into", backend="native")
+def unpack_bucket_into(flat: torch.Tensor, out: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    """See `megatron_rlvr.ops.unpack_bucket`."""
+    _ops.unpack_bucket_(flat, list(out), dtype)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

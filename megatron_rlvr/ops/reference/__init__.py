@@ -1,5 +1,12 @@
 """Plain PyTorch implementations of every op: the oracle of the native ones and the fallback without them."""
 
-from megatron_rlvr.ops.reference import group_advantages, policy_loss, token_selection, vocab_parallel
+from megatron_rlvr.ops.reference import (
+    bucket,
+    chunked_head,
+    group_advantages,
+    policy_loss,
+    token_selection,
+    vocab_parallel,
+)
 
-__all__ = ["group_advantages", "policy_loss", "token_selection", "vocab_parallel"]
+__all__ = ["bucket", "chunked_head", "group_advantages", "policy_loss", "token_selection", "vocab_parallel"]
