@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,7 @@ class Session:
         self.run_dir = run_dir
         self.view = view
         self.policy_version = 0
+        self._num_pushes = 0
         self._stack = ExitStack()
         self._servers: LocalServers | None = None
         self._service: RolloutService | None = None
@@ -210,10 +212,20 @@ class Session:
         if self.config.sync.transport is Transport.broadcast:
             self.sync.run(self.policy.export, version=self.policy_version)
         else:
-            folder = self.run_dir / "sync" / "weights"
-            self.policy.save_hf(folder, like=self.policy.path)
-            self.sync.run_from_disk(str(folder), version=self.policy_version)
+            self._push_through_disk()
         return time.monotonic() - started
+
+    def _push_through_disk(self) -> None:
+        """Servers load a folder of their own version; the last one goes when all of them have the new one."""
+        root = self.run_dir / "sync"
+        self._num_pushes += 1
+        folder = root / f"weights-{self._num_pushes}"
+        self.policy.save_hf(folder, like=self.policy.path)
+        self.sync.run_from_disk(str(folder.resolve()), version=self.policy_version)
+        if self.is_main:
+            for old in root.iterdir():
+                if old != folder:
+                    shutil.rmtree(old)
 
     def _warm_up(self, problems: ProblemSet, cache: Path) -> None:
         config = self.config.warm_start
