@@ -23,9 +23,7 @@ CUDA_ARCHITECTURES = ((8, 0), (9, 0), (10, 0))
 FIRST_NVCC_WITH_SM100 = (12, 8)
 NO_TORCH = """\
 megatron_rlvr's extension is compiled against the torch of this environment, and none is installed here.
-Install one first, for instance
-    pip install "torch>=2.11,<2.15" --index-url https://download.pytorch.org/whl/cpu
-(or a CUDA build of it), then repeat `pip install -e .`."""
+Install one first, a CPU or a CUDA build of torch>=2.11,<2.15, then repeat `pip install -e .`."""
 
 INSTALL_REQUIRES = [
     "torch>=2.11,<2.15",
@@ -37,6 +35,8 @@ INSTALL_REQUIRES = [
     "transformers>=4.57",
     "tokenizers>=0.22",
     "aiohttp>=3.9",
+    "orjson>=3.9",
+    "jinja2>=3.1",
     "requests>=2.31",
     "psutil>=5.9",
     "rich>=13.7",
