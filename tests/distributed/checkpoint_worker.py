@@ -1,7 +1,7 @@
-"""One rank of a trainer layout: loads a converted torch_dist checkpoint with Megatron itself, or saves one.
+"""One rank of a trainer layout: loads a converted torch_dist checkpoint with Megatron itself, then saves one.
 
-Usage: python checkpoint_worker.py load|save HF_DIR CKPT_DIR '{"tp": 2, "pp": 2, ...}' (under torchrun's variables).
-``load`` checks every parameter against the Hugging Face folder, ``save`` loads that folder and saves.
+Usage: python checkpoint_worker.py HF_DIR CONVERTED_DIR SAVE_DIR '{"tp": 2, "pp": 2, ...}' (with torchrun's
+variables). Every loaded parameter is checked against the Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -24,38 +24,34 @@ from megatron_rlvr.weights.slices import load_shard
 
 
 def main() -> None:
-    action, hf_dir, ckpt_dir = sys.argv[1:4]
+    hf_dir, converted_dir, save_dir = sys.argv[1:4]
     sizes = json.loads(sys.argv[4])
     shape = ModelShape.from_hf(hf_dir)
     mapping = Mapping(shape, layout=Layout(**sizes), naming="local")
-    with ParallelContext(ParallelConfig(**sizes), seed=0, timeout_s=120) as parallel:
+    with ParallelContext(ParallelConfig(**sizes), seed=0, timeout_s=200) as parallel:
         chunks = model.build_chunks(
             shape, ModelConfig(dtype=DType.fp32), parallel.config, padded_vocab_size=mapping.padded_vocab_size
         )
         platform.install()
-        wanted = [expected(mapping, parallel, index, hf_dir) for index in range(len(chunks))]
-        parameters = [dict(model.unwrap(chunk).named_parameters()) for chunk in chunks]
-        with torch.no_grad():
-            for chunk, tensors in zip(parameters, wanted, strict=True):
-                for name, tensor in tensors.items():
-                    chunk[name].copy_(tensor if action == "save" else torch.full_like(tensor, float("nan")))
-        state = {f"model{index}": model.unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
-        if action == "save":
-            if parallel.ranks.is_main:
-                Path(ckpt_dir).mkdir(parents=True)
-            parallel.barrier()
-            dist_checkpointing.save(state, ckpt_dir)
-        else:
-            loaded = dist_checkpointing.load(state, ckpt_dir)
-            for index, chunk in enumerate(chunks):
-                model.unwrap(chunk).load_state_dict(loaded[f"model{index}"])
-            for chunk, tensors in zip(parameters, wanted, strict=True):
-                assert chunk.keys() == tensors.keys()
-                for name, tensor in tensors.items():
-                    # Padding rows are whatever the trainer makes of them; both sides have zeros.
-                    assert torch.equal(chunk[name], tensor), (parallel.ranks, name)
+        gpts = [model.unwrap(chunk) for chunk in chunks]
+        for gpt in gpts:
+            for parameter in gpt.parameters():
+                torch.nn.init.constant_(parameter, float("nan"))
+        loaded = dist_checkpointing.load(
+            {f"model{i}": gpt.sharded_state_dict() for i, gpt in enumerate(gpts)}, converted_dir
+        )
+        for index, gpt in enumerate(gpts):
+            gpt.load_state_dict(loaded[f"model{index}"])
+            parameters = dict(gpt.named_parameters())
+            wanted = expected(mapping, parallel, index, hf_dir)
+            assert parameters.keys() == wanted.keys()
+            for name, tensor in wanted.items():
+                assert torch.equal(parameters[name], tensor), (parallel.ranks, name)
+        if parallel.ranks.is_main:
+            Path(save_dir).mkdir(parents=True)
         parallel.barrier()
-    print("done")
+        dist_checkpointing.save({f"model{i}": gpt.sharded_state_dict() for i, gpt in enumerate(gpts)}, save_dir)
+        parallel.barrier()
 
 
 def expected(mapping: Mapping, parallel: ParallelContext, chunk: int, hf_dir: str) -> dict[str, torch.Tensor]:

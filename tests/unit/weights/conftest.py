@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from megatron_rlvr.rollout import platform
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 200,
@@ -42,20 +43,9 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="session")
-def _torchvision_ops() -> Iterator[None]:
-    """The torchvision on PyPI is built for CUDA; beside a +cpu torch its Python part needs these declarations."""
-    if importlib.util.find_spec("torchvision") is None or hasattr(torch.ops.torchvision, "nms"):
-        yield
-        return
-    library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):
-        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield
-    # Imported modules keep using the ops, so the library must outlive the session: never destroyed.
-    _KEPT.append(library)
-
-
-_KEPT: list[torch.library.Library] = []
+def _torchvision_ops() -> None:
+    """Lets transformers' model classes be imported beside a +cpu torch."""
+    platform.declare_torchvision_ops()
 
 
 @pytest.fixture(scope="session")
