@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Registry(Generic[T]):
         return iter(sorted(self._entries))
 
 
-def load_object(path: str, *, kind: str = "object"):  # noqa: ANN201 - whatever the path names
+def load_object(path: str, *, kind: str = "object") -> Any:
     """The object at ``pkg.mod:obj``.
 
     Raises:

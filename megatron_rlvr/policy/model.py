@@ -157,5 +157,5 @@ def wrap_for_training(chunks: list[torch.nn.Module], parallel: ParallelConfig) -
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
     while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
+        chunk = chunk.module  # type: ignore[assignment]
     return chunk

@@ -38,7 +38,7 @@ def join_group(
         [],
         distributed_c10d.Backend(backend),
         dist.PrefixStore(name, store),
-        group_name=name,
+        group_name=name,  # type: ignore[arg-type]
         timeout=timeout,
     )
     distributed_c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}

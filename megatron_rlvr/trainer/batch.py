@@ -99,8 +99,10 @@ def _sequences(
                         trajectory=len(sequences),
                     )
                 )
-    lengths_N = [len(sequence.response_ids) for sequence in sequences]
-    weights_N = token_weights(lengths_N, options.aggregation, options.max_response_tokens) if sequences else []
+    if not sequences:
+        return []
+    lengths_N = np.array([len(sequence.response_ids) for sequence in sequences])
+    weights_N = token_weights(lengths_N, options.aggregation, options.max_response_tokens)
     return [replace(sequence, weight=float(w)) for sequence, w in zip(sequences, weights_N, strict=True)]
 
 

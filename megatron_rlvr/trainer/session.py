@@ -86,8 +86,8 @@ class Session:
         self._connect()
         self.push_weights()
         if problems is not None and ready is None:
-            self._warm_up(problems, cache)
-            self._replace_policy_optimizer()
+            path = str(self._warm_up(problems, cache))
+        self._build_updater(path)
 
     def _initial_model(self, cache: Path, problems: ProblemSet | None) -> Path:
         """The folder that training starts from; a scratch model is made from the task's text."""
@@ -128,20 +128,8 @@ class Session:
         self.note(f"{info.num_train} training and {info.num_val} held-out problems{dropped}")
 
     def _load_policy(self, path: str, shape: ModelShape) -> None:
-        config = self.config
         self.policy = self._policy(path, shape, trainable=True)
-        reference = self._policy(path, shape, trainable=False) if config.loss.kl_coef else None
-        self.updater = Updater(
-            self.policy,
-            self.parallel,
-            loss=config.loss,
-            optim=config.optim,
-            temperature=config.rollout.temperature,
-            seed=config.train.seed,
-            total_updates=config.train.steps * config.train.updates_per_rollout,
-            reference=reference,
-        )
-        self.note(f"policy of {self.policy.num_parameters():,} parameters in {config.model.dtype.value}")
+        self.note(f"policy of {self.policy.num_parameters():,} parameters in {self.config.model.dtype.value}")
 
     def _policy(self, path: str, shape: ModelShape, *, trainable: bool) -> Policy:
         return Policy(
@@ -153,9 +141,21 @@ class Session:
             trainable=trainable,
         )
 
-    def _replace_policy_optimizer(self) -> None:
-        """Reinforcement learning starts with fresh moments; a reference model is the warmed-up policy."""
-        self.policy.reset_optimizer(self.config.optim)
+    def _build_updater(self, start_path: str) -> None:
+        """Reinforcement learning starts from `start_path` with fresh moments; so does its reference model."""
+        config = self.config
+        self.policy.reset_optimizer(config.optim)
+        reference = self._policy(start_path, self.policy.shape, trainable=False) if config.loss.kl_coef else None
+        self.updater = Updater(
+            self.policy,
+            self.parallel,
+            loss=config.loss,
+            optim=config.optim,
+            temperature=config.rollout.temperature,
+            seed=config.train.seed,
+            total_updates=config.train.steps * config.train.updates_per_rollout,
+            reference=reference,
+        )
 
     def _connect(self) -> None:
         """Waits for the servers and forms the weight-update groups."""
@@ -201,8 +201,7 @@ class Session:
         assert self._service is not None
         with self.phase("servers", None) as advance:
             servers = self._servers.wait_ready(lambda *args: advance())
-        router = self._servers.router_url
-        self._service.connect([router] if router else [server.url for server in servers])
+        self._service.connect([server.url for server in servers], router_url=self._servers.router_url)
         self.note(f"servers ready: {', '.join(server.url for server in servers)}")
         return servers
 
@@ -227,7 +226,8 @@ class Session:
                 if old != folder:
                     shutil.rmtree(old)
 
-    def _warm_up(self, problems: ProblemSet, cache: Path) -> None:
+    def _warm_up(self, problems: ProblemSet, cache: Path) -> Path:
+        """Trains on the task's answers; returns the folder that keeps the result."""
         config = self.config.warm_start
         warm = WarmStart(self.config, self.policy, self.parallel, problems.train)
 
@@ -239,7 +239,9 @@ class Session:
 
         with self.phase("warm start", config.max_steps) as advance:
             warm.run(accuracy, advance)
-        self.policy.save_hf(cache / "warm", like=self.policy.path)
+        out = cache / "warm"
+        self.policy.save_hf(out, like=self.policy.path)
+        return out
 
     def generate(self, step: int) -> RolloutBatch | None:
         """The rollouts of one step, on rank 0 alone."""

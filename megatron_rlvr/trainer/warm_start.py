@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,12 +49,11 @@ class WarmStart:
         problems: the training split; every rank draws the same batches from it.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, parallel: ParallelContext, problems: list[Problem]) -> None:
+    def __init__(self, config: RunConfig, policy: Policy, parallel: ParallelContext, problems: Sequence[Problem]) -> None:
         self.config = config.warm_start
         self.policy = policy
         self.parallel = parallel
         self.max_tokens = config.train.max_tokens_per_microbatch
-        assert policy.weights is not None
         self.tokenizer = Tokenizer.load(policy.path)
         self.stream = PromptStream(problems, prompt_builder(config, self.tokenizer), seed=config.train.seed)
         self.optim = OptimConfig(lr=self.config.lr, weight_decay=0.0, warmup_steps=20, beta2=0.98)

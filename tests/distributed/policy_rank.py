@@ -44,7 +44,9 @@ def sequences(vocab_size: int) -> list[PackedSequence]:
     return made
 
 
-def loss(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, Metric]]:
+def loss(
+    logprobs_T: torch.Tensor, entropy_T: torch.Tensor, micro: MicroBatch
+) -> tuple[torch.Tensor, dict[str, Metric]]:
     """Policy gradient with an entropy bonus, so that gradients of both outputs are exercised."""
     token_loss_T = -logprobs_T * micro.advantages_T - 0.1 * entropy_T
     return (token_loss_T.double() * micro.weights_T).sum(), {}
@@ -52,7 +54,7 @@ def loss(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, micro: MicroBatch) -
 
 def main(job: dict[str, Any]) -> None:
     parallel_config = ParallelConfig(**job["parallel"])
-    model = ModelConfig(path=job["path"], dtype=DType.fp32, recompute=Recompute[job["recompute"]])
+    model = ModelConfig(path=job["path"], dtype=DType[job["dtype"]], recompute=Recompute[job["recompute"]])
     shape = ModelShape.from_hf(job["path"])
     with ParallelContext(parallel_config, seed=0, timeout_s=120) as parallel:
         ranks = parallel.ranks
