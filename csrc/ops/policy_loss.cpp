@@ -37,13 +37,13 @@ template <typename T>
 void run_cpu(const Options& options, const at::Tensor& logprobs, const at::Tensor& old_logprobs,
              const at::Tensor& advantages, const at::Tensor& mask, const std::optional<at::Tensor>& selected,
              const std::optional<at::Tensor>& sequence_logratio, Result& result) {
-  const cpu::Inputs<T> in{logprobs.const_data_ptr<T>(),
-                          old_logprobs.const_data_ptr<T>(),
-                          advantages.const_data_ptr<T>(),
-                          mask.const_data_ptr<bool>(),
-                          selected ? selected->const_data_ptr<bool>() : nullptr,
-                          sequence_logratio ? sequence_logratio->const_data_ptr<T>() : nullptr,
-                          logprobs.size(0)};
+  const Inputs<T> in{logprobs.const_data_ptr<T>(),
+                     old_logprobs.const_data_ptr<T>(),
+                     advantages.const_data_ptr<T>(),
+                     mask.const_data_ptr<bool>(),
+                     selected ? selected->const_data_ptr<bool>() : nullptr,
+                     sequence_logratio ? sequence_logratio->const_data_ptr<T>() : nullptr,
+                     logprobs.size(0)};
   cpu::evaluate_tokens<T>(settings_of<T>(options), in, std::get<0>(result).mutable_data_ptr<T>(),
                           std::get<1>(result).mutable_data_ptr<T>(), std::get<2>(result).mutable_data_ptr<double>());
 }
@@ -76,13 +76,13 @@ at::Tensor ratio_clipped_cpu(const at::Tensor& logprobs, const at::Tensor& old_l
   const Options options{static_cast<int64_t>(Loss::kPpo), 0, eps_low, eps_high, std::nullopt, clamp, 0.0};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const cpu::Inputs<T> in{logprobs.const_data_ptr<T>(),
-                            old_logprobs.const_data_ptr<T>(),
-                            advantages.const_data_ptr<T>(),
-                            mask.const_data_ptr<bool>(),
-                            nullptr,
-                            nullptr,
-                            logprobs.size(0)};
+    const Inputs<T> in{logprobs.const_data_ptr<T>(),
+                       old_logprobs.const_data_ptr<T>(),
+                       advantages.const_data_ptr<T>(),
+                       mask.const_data_ptr<bool>(),
+                       nullptr,
+                       nullptr,
+                       logprobs.size(0)};
     cpu::mark_ratio_clipped<T>(settings_of<T>(options), in, clipped.mutable_data_ptr<bool>());
   };
   if (logprobs.scalar_type() == at::kDouble) {
@@ -95,13 +95,7 @@ at::Tensor ratio_clipped_cpu(const at::Tensor& logprobs, const at::Tensor& old_l
 
 at::Tensor sequence_logratio_meta(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& mask,
                                   const at::Tensor& trajectory) {
-  const auto type = logprobs.scalar_type();
-  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble, "logprobs_T must have dtype float32 or float64, got ",
-                    type);
-  check_entries(logprobs, "logprobs_T", logprobs, type);
-  check_entries(old_logprobs, "old_logprobs_T", logprobs, type);
-  check_entries(mask, "mask_T", logprobs, at::kBool);
-  check_entries(trajectory, "trajectory_T", logprobs, at::kLong);
+  check_sequence_arguments(logprobs, old_logprobs, mask, trajectory);
   return at::empty_like(logprobs);
 }
 

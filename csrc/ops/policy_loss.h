@@ -48,6 +48,18 @@ struct Settings {
   bool has_dual_clip;
 };
 
+// Tokens of one call, all contiguous.
+template <typename T>
+struct Inputs {
+  const T* logprob;
+  const T* old_logprob;
+  const T* advantage;
+  const bool* mask;
+  const bool* selected;        // may be null
+  const T* sequence_logratio;  // may be null
+  int64_t num_tokens;
+};
+
 // One masked token's outcome.
 template <typename T>
 struct Outcome {
@@ -65,6 +77,17 @@ struct Outcome {
 template <typename T>
 MRLVR_HOST_DEVICE inline T clamped(T value, T low, T high) {
   return value < low ? low : (value > high ? high : value);
+}
+
+// In double, so that the twins agree also where float functions are approximated (nvcc --use_fast_math).
+template <typename T>
+MRLVR_HOST_DEVICE inline T exp_of(T value) {
+  return static_cast<T>(std::exp(static_cast<double>(value)));
+}
+
+template <typename T>
+MRLVR_HOST_DEVICE inline T expm1_of(T value) {
+  return static_cast<T>(std::expm1(static_cast<double>(value)));
 }
 
 // max(-A r, -A clip(r)); `inside` says whether r follows log pi at all.
@@ -100,7 +123,7 @@ MRLVR_HOST_DEVICE inline void kl_penalty(const Settings<T>& s, T logratio, bool 
       slope = logratio;
       break;
     case Kl::kK3:
-      slope = std::expm1(logratio);
+      slope = expm1_of(logratio);
       value = slope - logratio;
       break;
   }
@@ -117,8 +140,8 @@ MRLVR_HOST_DEVICE inline Outcome<T> evaluate(const Settings<T>& s, T logprob, T 
   const T raw = logprob - old_logprob;
   const T logratio = clamped(raw, -s.clamp, s.clamp);
   const bool inside = raw >= -s.clamp && raw <= s.clamp;
-  out.ratio = std::exp(logratio);
-  out.k3 = std::expm1(logratio) - logratio;
+  out.ratio = exp_of(logratio);
+  out.k3 = expm1_of(logratio) - logratio;
   out.on_policy = raw == 0;
   switch (s.loss) {
     case Loss::kPpo:
@@ -126,7 +149,7 @@ MRLVR_HOST_DEVICE inline Outcome<T> evaluate(const Settings<T>& s, T logprob, T 
       break;
     case Loss::kGspo: {
       const bool sequence_inside = sequence_logratio >= -s.clamp && sequence_logratio <= s.clamp;
-      const T ratio = std::exp(clamped(sequence_logratio, -s.clamp, s.clamp));
+      const T ratio = exp_of(clamped(sequence_logratio, -s.clamp, s.clamp));
       clipped_surrogate(s, advantage, ratio, sequence_inside, out);
       break;
     }

@@ -65,4 +65,15 @@ inline void check_arguments(const at::Tensor& logprobs, const at::Tensor& old_lo
                     "selected_T must be given for clip_cov and kl_cov and for no other loss, got loss ", options.loss);
 }
 
+inline void check_sequence_arguments(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& mask,
+                                     const at::Tensor& trajectory) {
+  const auto type = logprobs.scalar_type();
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble, "logprobs_T must have dtype float32 or float64, got ",
+                    type);
+  check_entries(logprobs, "logprobs_T", logprobs, type);
+  check_entries(old_logprobs, "old_logprobs_T", logprobs, type);
+  check_entries(mask, "mask_T", logprobs, at::kBool);
+  check_entries(trajectory, "trajectory_T", logprobs, at::kLong);
+}
+
 }  // namespace megatron_rlvr::policy_loss

@@ -91,10 +91,7 @@ at::Tensor digits_cpu(const at::Tensor& values, int64_t prefix, int64_t shift, i
 
 at::Tensor mark_meta(const at::Tensor& index, const at::Tensor& key, const at::Tensor& id, int64_t, int64_t,
                      int64_t num_tokens) {
-  check_entries(index, "index_C", index, at::kLong);
-  check_entries(key, "key_C", index, at::kLong);
-  check_entries(id, "id_C", index, at::kLong);
-  TORCH_CHECK_VALUE(num_tokens >= 0, "num_tokens must be 0 or above, got ", num_tokens);
+  check_mark(index, key, id, num_tokens);
   return at::empty({num_tokens}, index.options().dtype(at::kBool));
 }
 

@@ -102,6 +102,8 @@ MRLVR_HOST_DEVICE inline bool candidate_key(const Rule& rule, double logprob, do
   return !ratio_clipped && static_cast<double>(cov) > rule.lower && static_cast<double>(cov) < rule.upper;
 }
 
+constexpr int64_t kMaxDigitBits = 12;  // a histogram fits into shared memory
+
 // One radix pass counts the digits [shift, shift + bits) of keys whose higher bits equal `prefix`.
 MRLVR_HOST_DEVICE inline bool has_prefix(uint64_t value, uint64_t prefix, int64_t shift, int64_t bits) {
   return shift + bits >= 64 ? prefix == 0 : value >> (shift + bits) == prefix;

@@ -10,8 +10,6 @@
 
 namespace megatron_rlvr::token_selection {
 
-constexpr int64_t kMaxDigitBits = 16;
-
 inline void check_entries(const at::Tensor& tensor, const char* name, const at::Tensor& first, at::ScalarType type) {
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == first.size(0), name, " must have shape [", first.size(0),
                     "] like the first argument, got ", tensor.sizes());
@@ -46,6 +44,13 @@ inline void check_digits(const at::Tensor& values, const std::optional<at::Tenso
   if (among) check_entries(*among, "among_C", values, at::kLong);
   TORCH_CHECK_VALUE(bits >= 1 && bits <= kMaxDigitBits, "bits must be in [1, ", kMaxDigitBits, "], got ", bits);
   TORCH_CHECK_VALUE(shift >= 0 && shift + bits <= 64, "shift must be in [0, 64 - bits], got ", shift);
+}
+
+inline void check_mark(const at::Tensor& index, const at::Tensor& key, const at::Tensor& id, int64_t num_tokens) {
+  check_entries(index, "index_C", index, at::kLong);
+  check_entries(key, "key_C", index, at::kLong);
+  check_entries(id, "id_C", index, at::kLong);
+  TORCH_CHECK_VALUE(num_tokens >= 0, "num_tokens must be 0 or above, got ", num_tokens);
 }
 
 }  // namespace megatron_rlvr::token_selection

@@ -7,17 +7,6 @@
 
 namespace megatron_rlvr::policy_loss::cpu {
 
-template <typename T>
-struct Inputs {
-  const T* logprob;
-  const T* old_logprob;
-  const T* advantage;
-  const bool* mask;
-  const bool* selected;        // may be null
-  const T* sequence_logratio;  // may be null
-  int64_t num_tokens;
-};
-
 // Writes loss and slope of every token (0 outside the mask) and the kSums sums.
 template <typename T>
 void evaluate_tokens(const Settings<T>& settings, const Inputs<T>& in, T* loss, T* slope, double* sums);

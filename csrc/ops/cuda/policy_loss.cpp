@@ -1,0 +1,108 @@
+// CUDA entry points of policy_loss.
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_unique2.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "ops/cuda/policy_loss_kernel.h"
+#include "ops/policy_loss_checks.h"
+
+namespace megatron_rlvr::policy_loss {
+
+namespace {
+
+template <typename T>
+Inputs<T> inputs_of(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
+                    const at::Tensor& mask, const std::optional<at::Tensor>& selected,
+                    const std::optional<at::Tensor>& sequence_logratio) {
+  return {logprobs.const_data_ptr<T>(),
+          old_logprobs.const_data_ptr<T>(),
+          advantages.const_data_ptr<T>(),
+          mask.const_data_ptr<bool>(),
+          selected ? selected->const_data_ptr<bool>() : nullptr,
+          sequence_logratio ? sequence_logratio->const_data_ptr<T>() : nullptr,
+          logprobs.size(0)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss_cuda(
+    const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages, const at::Tensor& mask,
+    const std::optional<at::Tensor>& selected, const std::optional<at::Tensor>& sequence_logratio, int64_t loss_kind,
+    double eps_low, double eps_high, std::optional<double> dual_clip, double clamp, double beta, int64_t kl) {
+  const Options options{loss_kind, kl, eps_low, eps_high, dual_clip, clamp, beta};
+  check_arguments(logprobs, old_logprobs, advantages, mask, selected, sequence_logratio, options);
+  const c10::cuda::CUDAGuard guard(logprobs.device());
+  const at::Tensor loss = at::empty_like(logprobs), slope = at::empty_like(logprobs);
+  const at::Tensor sums = at::zeros({kSums}, logprobs.options().dtype(at::kDouble));
+  if (logprobs.size(0) == 0) return {loss, slope, sums};
+  const at::Tensor partial = at::empty({cuda::num_blocks(logprobs.size(0)), kSums}, sums.options());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    cuda::evaluate_tokens<T>(
+        settings_of<T>(options), inputs_of<T>(logprobs, old_logprobs, advantages, mask, selected, sequence_logratio),
+        loss.mutable_data_ptr<T>(), slope.mutable_data_ptr<T>(), partial.mutable_data_ptr<double>(),
+        sums.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (logprobs.scalar_type() == at::kDouble) {
+    run(0.0);
+  } else {
+    run(0.0f);
+  }
+  return {loss, slope, sums};
+}
+
+at::Tensor ratio_clipped_cuda(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
+                              const at::Tensor& mask, double eps_low, double eps_high, double clamp) {
+  const Options options{static_cast<int64_t>(Loss::kPpo), 0, eps_low, eps_high, std::nullopt, clamp, 0.0};
+  check_arguments(logprobs, old_logprobs, advantages, mask, std::nullopt, std::nullopt, options);
+  const c10::cuda::CUDAGuard guard(logprobs.device());
+  const at::Tensor clipped = at::empty_like(mask);
+  if (logprobs.size(0) == 0) return clipped;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    cuda::mark_ratio_clipped<T>(settings_of<T>(options),
+                                inputs_of<T>(logprobs, old_logprobs, advantages, mask, std::nullopt, std::nullopt),
+                                clipped.mutable_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (logprobs.scalar_type() == at::kDouble) {
+    run(0.0);
+  } else {
+    run(0.0f);
+  }
+  return clipped;
+}
+
+// Composed of torch's own kernels: sequences number in the hundreds, and only GSPO asks.
+at::Tensor sequence_logratio_cuda(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& mask,
+                                  const at::Tensor& trajectory) {
+  check_sequence_arguments(logprobs, old_logprobs, mask, trajectory);
+  const c10::cuda::CUDAGuard guard(logprobs.device());
+  const at::Tensor logratio =
+      at::where(mask, logprobs - old_logprobs, at::zeros({}, logprobs.options())).to(at::kDouble);
+  const auto [sequences, index, counts] = at::_unique2(trajectory, /*sorted=*/true, /*return_inverse=*/true);
+  const at::Tensor weight = mask.to(at::kDouble);
+  const at::Tensor zeros = at::zeros({sequences.size(0)}, logratio.options());
+  const at::Tensor mean = zeros.index_add(0, index, logratio) / zeros.index_add(0, index, weight).clamp_min(1.0);
+  return (mean.index_select(0, index) * weight).to(logprobs.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(megatron_rlvr, CUDA, m) {
+  m.impl("policy_loss", &policy_loss_cuda);
+  m.impl("ratio_clipped", &ratio_clipped_cuda);
+  m.impl("sequence_logratio", &sequence_logratio_cuda);
+}
+
+}  // namespace megatron_rlvr::policy_loss
