@@ -49,7 +49,9 @@ class WarmStart:
         problems: the training split; every rank draws the same batches from it.
     """
 
-    def __init__(self, config: RunConfig, policy: Policy, parallel: ParallelContext, problems: Sequence[Problem]) -> None:
+    def __init__(
+        self, config: RunConfig, policy: Policy, parallel: ParallelContext, problems: Sequence[Problem]
+    ) -> None:
         self.config = config.warm_start
         self.policy = policy
         self.parallel = parallel
