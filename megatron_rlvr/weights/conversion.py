@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,11 +137,7 @@ def megatron_to_hf(
         total = sum(map(_elements, entries))
         done = 0
         for entry in entries:
-            for name, tensor in reader.read(entry):
-                if name in missing:
-                    cast = tensor.to(writer.dtype)
-                    _check_finite(name, f"{checkpoint} ({entry.keys[0]})", cast)
-                    writer.write(name, cast)
+            _copy_parameter(reader, entry, writer, missing)
             done += _elements(entry)
             progress(done, total)
         team.barrier()
@@ -148,6 +145,15 @@ def megatron_to_hf(
             source = checkpoint / HF_FOLDER if hf_config is None else Path(hf_config)
             writer.commit(companions=source if source.is_dir() else source.parent)
     team.barrier()
+
+
+def _copy_parameter(reader: TorchDistReader, entry: GlobalParam, writer: ShardedWriter, missing: set[str]) -> None:
+    # A function of its own, so that nothing of one parameter is alive when the next is read.
+    for name, tensor in reader.read(entry):
+        if name in missing:
+            cast = tensor.to(writer.dtype)
+            _check_finite(name, f"{reader.folder} ({entry.keys[0]})", cast)
+            writer.write(name, cast)
 
 
 class ModelSource(Protocol):
@@ -268,7 +274,8 @@ def _check_chunk(entry: GlobalParam, chunk: Tensor) -> None:
 
 
 def _check_finite(name: str, where: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
+    # The extremes tell without a temporary of the tensor's size: a NaN anywhere makes both NaN.
+    if not all(map(math.isfinite, (float(extreme) for extreme in torch.aminmax(tensor)))):
         count = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(f"{name} holds {count} values that are not finite as {tensor.dtype} (in {where})")
 

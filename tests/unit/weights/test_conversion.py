@@ -249,7 +249,7 @@ def test_different_models_are_not_compared(model_folder: ModelFolder) -> None:
 
 
 def test_memory_is_bounded_by_the_largest_tensors(tmp_path: Path) -> None:
-    """Anonymous memory at its peak, both ways: below two of the largest parameters and a bucket of 16 MiB."""
+    """Anonymous memory at its peak, both ways: below two of the largest parameters (1.5 were seen)."""
     config = {
         "model_type": "llama",
         "vocab_size": 8192,
@@ -294,7 +294,8 @@ def test_memory_is_bounded_by_the_largest_tensors(tmp_path: Path) -> None:
     """)
     result = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # Freed tensors of this size would otherwise stay in the allocator's heap; larger ones never do.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -302,4 +303,4 @@ def test_memory_is_bounded_by_the_largest_tensors(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines():
-        assert 0 < int(line) < 2 * largest + (16 << 20), f"{int(line) / largest:.2f} of the largest tensor"
+        assert int(line) < 2 * largest, f"{int(line) / largest:.2f} of the largest tensor"
