@@ -97,6 +97,12 @@ def nvcc_version(nvcc: Path) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def toolkit(nvcc: Path) -> Path:
+    """The CUDA folder that nvcc (maybe a wrapper script) belongs to, by its own word."""
+    words = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], check=True, capture_output=True, text=True)
+    return Path(re.search(r"TOP=(.+)", words.stderr)[1]).resolve()
+
+
 def choose_cuda(torch) -> Path | None:
     """nvcc if the CUDA twins are to be built, else None; prints which and why."""
     asked = os.environ.get("MEGATRON_RLVR_CUDA", "")
@@ -129,7 +135,7 @@ def extension_of(torch) -> tuple[Extension, type]:
     """The extension and its build command, for the torch at hand."""
     nvcc = choose_cuda(torch)
     if nvcc is not None:
-        os.environ.setdefault("CUDA_HOME", str(nvcc.resolve().parent.parent))
+        os.environ.setdefault("CUDA_HOME", str(toolkit(nvcc)))
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(f"{a}.{b}" for a, b in architectures(nvcc)))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -140,7 +146,7 @@ def extension_of(torch) -> tuple[Extension, type]:
     macros = [("MEGATRON_RLVR_VERSION", f'"{version()}"')]
     if nvcc is not None:
         sources += sorted(ROOT.glob("csrc/ops/cuda/*.cpp")) + sorted(ROOT.glob("csrc/ops/cuda/*.cu"))
-        flags["nvcc"] = ["-O3", "--use_fast_math", "-Xcompiler", "-fvisibility=hidden"]
+        flags["nvcc"] = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
         macros.append(("MEGATRON_RLVR_WITH_CUDA", None))
     extension = (CppExtension if nvcc is None else CUDAExtension)(
         "megatron_rlvr._C",

@@ -25,7 +25,7 @@ namespace megatron_rlvr::vocab_logprob {
 
 namespace {
 
-constexpr double kNegativeInfinity = -std::numeric_limits<double>::infinity();
+constexpr double kNegativeInfinity = -INFINITY;
 
 cpu::Element element_of(at::ScalarType type) {
   switch (type) {

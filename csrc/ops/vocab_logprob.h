@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define MRLVR_HOST_DEVICE __host__ __device__
@@ -28,7 +27,7 @@ constexpr int kSaved = 3;  // M, log S, W/S
 
 // Statistics of a part of a row about the shift `max`, in units of raw logits (not divided by T).
 struct Statistics {
-  double max = -std::numeric_limits<double>::infinity();
+  double max = -INFINITY;
   double sum = 0.0;
   double weighted = 0.0;
   double sum2 = 0.0;
@@ -39,7 +38,7 @@ struct Statistics {
 MRLVR_HOST_DEVICE inline void raise_shift(Statistics& s, double max, double inverse_temperature) {
   if (s.max == max) return;
   // Nothing was summed below -inf; and -inf - -inf would be NaN.
-  if (s.max > -std::numeric_limits<double>::infinity()) {
+  if (s.max > -INFINITY) {
     const double offset = s.max - max;
     const double factor = exp(offset * inverse_temperature);
     s.weighted = factor * (s.weighted + offset * s.sum);
@@ -76,9 +75,8 @@ MRLVR_HOST_DEVICE inline void write_statistics(double* row, const Statistics& s,
 
 // A masked row counts as one certain token, on the first shard: log-prob and entropy are 0.
 MRLVR_HOST_DEVICE inline void write_masked(double* row, int64_t width, bool first_shard) {
-  constexpr double kNothing = -std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < width; ++i) row[i] = 0.0;
-  row[0] = row[3] = first_shard ? 0.0 : kNothing;
+  row[0] = row[3] = first_shard ? 0.0 : -static_cast<double>(INFINITY);
   row[1] = first_shard ? 1.0 : 0.0;
   if (width > kStats) row[4] = row[1];
 }
@@ -95,9 +93,8 @@ struct Merged {
 // Merges a row's packed statistics in rank order: the same additions on every rank, so bitwise equal results.
 // `packed` is the first rank's row; the next rank's lies `rank_stride` further.
 MRLVR_HOST_DEVICE inline Merged merge_ranks(const double* packed, int64_t ranks, int64_t rank_stride) {
-  constexpr double kNothing = -std::numeric_limits<double>::infinity();
   Statistics all;
-  double target = kNothing;
+  double target = -INFINITY;
   for (int64_t rank = 0; rank < ranks; ++rank) {
     const double max = packed[rank * rank_stride];
     all.max = max > all.max ? max : all.max;

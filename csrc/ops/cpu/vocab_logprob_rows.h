@@ -103,7 +103,7 @@ struct RowLoops {
       if (higher) raise_shift(s, top, inverse_temperature);
       const double before = s.sum;
       // A row that is -inf so far is summed about 0: nothing is added, but a NaN shows.
-      const bool empty = !(s.max > -std::numeric_limits<double>::infinity());
+      const bool empty = !(s.max > -INFINITY);
       add_sums<kMoments, false>(from, count, empty ? 0.f : static_cast<float>(s.max), rate, s);
       if (higher) {
         peak = from;
@@ -168,7 +168,7 @@ struct DoubleLoops {
     const double* x = static_cast<const double*>(logits);
     Statistics s;
     for (int64_t i = 0; i < columns; ++i) s.max = x[i] > s.max ? x[i] : s.max;
-    const double shift = s.max > -std::numeric_limits<double>::infinity() ? s.max : 0.0;
+    const double shift = s.max > -INFINITY ? s.max : 0.0;
     for (int64_t i = 0; i < columns; ++i) {
       const double d = x[i] - shift;
       const double e = exp(d / temperature);
