@@ -7,7 +7,7 @@ engines, conversion tools, checkpoint checks and the resharding plan all go thro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +30,8 @@ from megatron_rlvr.weights.slices import (
 )
 
 Naming = Literal["local", "te"]
+Allocator = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
+"""Contiguous memory for a Hugging Face tensor, by name, shape and dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,13 @@ def _pieces(
             ranks[rank].append(_Piece(segment.part, hf_start, start - rank * per_rank, stop - start))
         offset += segment.length
     return tuple(map(tuple, ranks))
+
+
+def _joined(parts: list[Tensor], axis: int, hf: tuple[str, tuple[int, ...]], into: Allocator | None) -> Tensor:
+    if into is not None:
+        out = into(hf[0], hf[1], parts[0].dtype)
+        return out.copy_(parts[0]) if len(parts) == 1 else torch.cat(parts, axis, out=out)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, axis)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,35 +130,37 @@ class ParamMap:
                 slices.append(SliceMap(name, axis_box(hf_shape, self.axis, piece.hf_start, piece.length), shard_box))
         return ShardSpec(shape, tuple(slices), tuple(padding))
 
-    def gather(self, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    def gather(self, shards: Sequence[Tensor], *, into: Allocator | None = None) -> list[tuple[str, Tensor]]:
         """Whole Hugging Face tensors from all tensor-parallel shards, one copy; empty for a duplicate.
 
         Args:
             shards: one tensor a rank, in rank order, any dtype and device (one alone where `replicated`).
+            into: gives the memory of every result by name, shape and dtype, e.g. a place in a bucket that is
+                used again and again: fresh memory for a large tensor costs more than the copy.
 
         Returns:
-            Contiguous tensors under their Hugging Face names; where a shard is the whole tensor, the shard itself.
+            Contiguous tensors under their Hugging Face names; without ``into``, where a shard is the whole tensor,
+            the shard itself.
         """
         if self.duplicate:
             return []
-        if self.replicated:
-            return [(self.hf[0][0], shards[0])]
         if len(shards) != self.num_shards or any(tuple(shard.shape) != self.shard_shape for shard in shards):
             raise ValueError(
                 f"{self.name}: shards must be {self.num_shards} of shape {self.shard_shape}, "
                 f"got {[tuple(shard.shape) for shard in shards]}"
             )
+        if self.replicated:
+            return [(self.hf[0][0], _joined([shards[0]], 0, self.hf[0], into))]
         views: list[list[tuple[int, Tensor]]] = [[] for _ in self.hf]
         for shard, pieces in zip(shards, self._rank_pieces(), strict=True):
             for piece in pieces:
                 if piece.part is not None:
                     view = shard.narrow(self.axis, piece.shard_start, piece.length)
                     views[piece.part].append((piece.hf_start, view))
-        tensors = []
-        for (name, _), parts in zip(self.hf, views, strict=True):
-            ordered = [view for _, view in sorted(parts, key=lambda part: part[0])]
-            tensors.append((name, ordered[0].contiguous() if len(ordered) == 1 else torch.cat(ordered, self.axis)))
-        return tensors
+        return [
+            (hf[0], _joined([view for _, view in sorted(parts, key=lambda part: part[0])], self.axis, hf, into))
+            for hf, parts in zip(self.hf, views, strict=True)
+        ]
 
     def _rank_pieces(self) -> tuple[tuple[_Piece, ...], ...]:
         sizes = tuple(shape[self.axis] for _, shape in self.hf)

@@ -18,7 +18,14 @@ FAMILY = Family(
         "mlp_only_layers": None,
         "router_aux_loss_coef": 0.001,
     },
-    fixed={"use_sliding_window": (False,), "attention_bias": (False,)},
+    fixed={
+        "use_sliding_window": (False,),
+        "attention_bias": (False,),
+        # The coder models state what this architecture always is.
+        "qkv_bias": (False,),
+        "use_qk_norm": (True,),
+        "shared_expert_intermediate_size": (0, None),
+    },
     # Windows are unused while use_sliding_window is false; router logits are an output, not a weight.
     ignored=frozenset({"sliding_window", "max_window_layers", "output_router_logits"}),
 )

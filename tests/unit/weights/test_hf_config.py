@@ -49,6 +49,11 @@ def test_transformers_5_spelling_reads_the_same(model: str) -> None:
     assert ModelShape.from_hf(new) == ModelShape.from_hf(old)
 
 
+def test_fields_that_state_what_always_holds() -> None:
+    extra = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert ModelShape.from_hf(config("qwen3-30b-a3b", **extra)) == ModelShape.from_hf(config("qwen3-30b-a3b"))
+
+
 def test_old_llama_files_without_later_fields() -> None:
     fields = config("llama-3.1-8b", rope_theta=..., rope_scaling=..., num_key_value_heads=..., tie_word_embeddings=...)
     shape = ModelShape.from_hf(fields)
@@ -99,7 +104,7 @@ def test_old_llama_files_without_later_fields() -> None:
         ("qwen3-30b-a3b", {"num_local_experts": 64}, "num_local_experts .* must agree"),
         ("qwen3-30b-a3b", {"mlp_only_layers": [48]}, "mlp_only_layers must be a list of layers below 48"),
         ("qwen3-30b-a3b", {"norm_topk_prob": ...}, "norm_topk_prob must be given"),
-        ("qwen3-30b-a3b", {"shared_expert_intermediate_size": 64}, "'shared_expert_intermediate_size' is not known"),
+        ("qwen3-30b-a3b", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size must be 0 or None"),
         ("qwen3-30b-a3b", {"router_aux_loss_coef": -1}, "router_aux_loss_coef must be a number >= 0"),
     ],
 )

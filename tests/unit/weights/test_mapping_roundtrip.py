@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,3 +166,26 @@ def test_gather_refuses_shards_of_another_layout(model_folder: ModelFolder) -> N
     param = next(param for param in mapping.params() if param.name.endswith("linear_fc2.weight"))
     with pytest.raises(ValueError, match=r"linear_fc2.weight: shards must be 2 of shape \(32, 24\)"):
         param.gather([torch.zeros(32, 12)] * 4)
+
+
+def test_gather_fills_memory_that_is_given(model_folder: ModelFolder) -> None:
+    """A bucket used again and again: results lie one behind the other in it."""
+    folder, original = model_folder("qwen3")
+    mapping = Mapping(ModelShape.from_hf(folder), layout=Layout(tp=2), naming="local")
+    bucket = torch.full((sum(tensor.numel() for tensor in original.values()),), float("nan"))
+    used = 0
+
+    def take(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        nonlocal used
+        assert dtype is torch.float32
+        used += math.prod(shape)
+        return bucket[used - math.prod(shape) : used].view(shape)
+
+    gathered: list[tuple[str, torch.Tensor]] = []
+    with CheckpointReader(folder) as reader:
+        for param in mapping.params():
+            shards = [load_shard(param.shard(rank), reader) for rank in range(param.num_shards)]
+            gathered += param.gather(shards, into=take)
+    assert used == bucket.numel()
+    assert torch.equal(torch.cat([tensor.flatten() for _, tensor in gathered]), bucket)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in gathered)
