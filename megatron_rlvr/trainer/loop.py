@@ -51,6 +51,11 @@ def train(
             batch = run.generate(step)
             clock.lap("rollout")
             updates, advantages, metrics = share_out(run, batch)
+            if step == 1 and start is not None:
+                metrics |= {
+                    "eval/start_accuracy": Max(start.accuracy),
+                    "eval/num_problems": Max(float(len(start.groups))),
+                }
             outcome = run.updater.run(updates)
             clock.lap("train")
             run.policy_version = step
