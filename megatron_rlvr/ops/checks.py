@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 
@@ -52,7 +53,7 @@ def check_not_negative(value: object, *, name: str) -> float:
 
 def check_number(value: object, *, name: str) -> float:
     """A finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
@@ -68,11 +69,12 @@ def check_choice(value: object, *, name: str, choices: tuple[str, ...]) -> str:
 
 def check_unsigned(value: object, *, name: str, bits: int = 64) -> int:
     """An integer in [0, 2**bits)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not 0 <= value < 1 << bits:
+    number = int(value)
+    if not 0 <= number < 1 << bits:
         raise ValueError(f"{name} must be in [0, 2**{bits}), got {value!r}")
-    return value
+    return number
 
 
 def check_options(given: dict[str, object], *, known: tuple[str, ...], owner: str) -> None:

@@ -30,7 +30,7 @@ def parse_level(value: str | int | float | Fraction, *, name: str) -> Fraction:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Fraction):
         raise TypeError(f"{name} must be a number or a string like '0.4' or '2/5', got {value!r}")
     try:
-        return Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
+        return Fraction(repr(float(value))) if isinstance(value, float) else Fraction(value)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{name} must be a number or a string like '0.4' or '2/5', got {value!r}") from None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -342,7 +343,8 @@ def _check_needed(
 
 def _group_sizes(group_sizes: Any, *, num_responses: int) -> list[int]:
     """One size a group, checked against the number of rewards."""
-    if isinstance(group_sizes, int) and not isinstance(group_sizes, bool):
+    if isinstance(group_sizes, Integral) and not isinstance(group_sizes, bool):
+        group_sizes = int(group_sizes)
         if group_sizes < 1 or num_responses % group_sizes:
             raise ValueError(f"group_sizes must divide the {num_responses} rewards, got {group_sizes}")
         return [group_sizes] * (num_responses // group_sizes)

@@ -198,6 +198,7 @@ def test_rank_grows_with_the_level():
 def test_arrays_tensors_and_lists_agree():
     rewards = [1.0, 0.0, 0.5, 0.25]
     expected = advantages(rewards)
+    assert torch.equal(group_advantages(rewards, np.int64(4), K=np.float64(0.4)), torch.from_numpy(expected))
     for given in (np.array(rewards), torch.tensor(rewards, dtype=torch.float64), tuple(rewards)):
         np.testing.assert_array_equal(group_advantages(given, torch.tensor([4])).numpy(), expected)
     single = group_advantages(torch.tensor(rewards), 4)
