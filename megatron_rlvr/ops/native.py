@@ -33,7 +33,8 @@ def vocab_parallel_logprob_entropy(
     """See `megatron_rlvr.ops.vocab_parallel_logprob_entropy`.
 
     The logits are read once here and read and written once in backward; columns that do not lie side by side are
-    copied first.
+    copied first. On CUDA, logits are bf16, fp16 or fp32, and a row without a finite normaliser gives NaN instead of
+    an error, which would have to wait for the device.
     """
     if logits_TV.stride(1) != 1 and logits_TV.shape[1] > 1:
         logits_TV = logits_TV.contiguous()
@@ -82,7 +83,7 @@ def check_targets(targets_T: torch.Tensor, *, vocab_size: int) -> None:
     """Raises ValueError for a target outside [0, vocab_size)."""
     if targets_T.numel() == 0:
         return
-    low, high = (int(bound) for bound in targets_T.aminmax())
+    low, high = torch.stack(targets_T.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(f"targets_T must be in [0, {vocab_size}), got {low if low < 0 else high}")
 

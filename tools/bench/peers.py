@@ -66,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_T: torch.Tensor) -> Any:
         gradient_TV, targets_T = ctx.saved_tensors
-        rows_T = torch.arange(targets_T.shape[0])
+        rows_T = torch.arange(targets_T.shape[0], device=targets_T.device)
         gradient_TV[rows_T, targets_T] -= 1.0
         return gradient_TV.mul_(grad_T[:, None]), None
 
