@@ -16,6 +16,7 @@ NO_FLUSH = {"flush_cache": False}
 """An update that flushes by itself kills the server (by an assertion of its scheduler) when a request is still there,
 and one is for a moment after its client hung up; /flush_cache is refused instead."""
 FLUSH_PATIENCE_S = 10.0
+RETRACT_PATIENCE_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,15 +174,23 @@ class HttpEngine:
     def flush_cache(self) -> None:
         """Drops cached prefixes, once the last requests of clients that hung up have ended.
 
+        Old servers (0.5.17) refuse while retracted requests wait in the queue; those are then aborted, as prefixes of
+        old weights must not be served: their clients get what there is, and ask again.
+
         Raises:
             EngineError: requests run on, or are held in place.
         """
-        deadline = time.monotonic() + min(self._timeout_s, FLUSH_PATIENCE_S)
+        started = time.monotonic()
+        aborted = False
         while True:
             status, raw = self._send("/flush_cache", {})
-            if status != 400 or self._pause_mode == "in_place" or time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            if status != 400 or self._pause_mode == "in_place" or waited > FLUSH_PATIENCE_S:
                 self._check("/flush_cache", status, raw)
                 return
+            if self._pause_mode == "retract" and not aborted and waited > RETRACT_PATIENCE_S:
+                self._check("/abort_request", *self._send("/abort_request", {"abort_all": True}))
+                aborted = True
             time.sleep(0.05)
 
     def _session_call(self, path: str, body: dict[str, Any]) -> None:
@@ -213,8 +222,8 @@ class HttpEngine:
         return answer
 
 
-TEXT_ANSWERS = ("/flush_cache",)
-"""Endpoints that answer in plain text."""
+TEXT_ANSWERS = ("/flush_cache", "/abort_request")
+"""Endpoints that answer in plain text or nothing."""
 
 
 def _get_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:

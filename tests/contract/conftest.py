@@ -27,9 +27,17 @@ class Subject:
     fake: FakeSGLang | None
     """The fake behind it, if it is one."""
 
+    version: tuple[int, ...]
+    """SGLang's own, e.g. (0, 5, 21)."""
+
     @property
     def real(self) -> bool:
         return self.fake is None
+
+    @property
+    def tells_spans(self) -> bool:
+        """Whether it knows weight-update sessions and tells version spans; both came in one release."""
+        return self.version >= (0, 5, 21)
 
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.server)])
@@ -41,11 +49,12 @@ def subject(request: pytest.FixtureRequest, tiny_qwen3: Path, other_tiny_qwen3: 
             join_groups=True, eos_token_id=258, token_delay_s=0.002, weight_version="0", model_path=str(tiny_qwen3)
         ) as fake:
             engine = HttpEngine(fake.url, num_ranks=1, timeout_s=30.0)
-            yield Subject(url=fake.url, engine=engine, fake=fake, **folders)
+            yield Subject(url=fake.url, engine=engine, fake=fake, version=(0, 5, 21), **folders)
         return
     server = request.getfixturevalue("real_server")
     engine = HttpEngine(server.url, num_ranks=server.info.num_ranks, timeout_s=60.0)
-    yield Subject(url=server.url, engine=engine, fake=None, **folders)
+    version = tuple(int(part) for part in server.info.version.split(".")[:3])
+    yield Subject(url=server.url, engine=engine, fake=None, version=version, **folders)
     engine.resume()
     engine.update_from_disk(str(tiny_qwen3), weight_version=0)
 

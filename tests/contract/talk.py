@@ -28,6 +28,12 @@ def generate(url: str, input_ids: Any, sampling_params: Any, **fields: Any) -> A
     return response.json()
 
 
+def versions_of(answer: dict[str, Any]) -> list[str] | None:
+    """Weight versions under which the tokens came, in order; None from servers before 0.5.21, which do not tell."""
+    spans = answer["meta_info"].get("weight_versions")
+    return None if spans is None else [span["version"] for span in spans]
+
+
 def forced_logprobs(url: str, prompt: list[int]) -> np.ndarray:
     """float [5] log-probs of the tokens `FORCED` after a prompt: they show the weights, sampling apart."""
     answer = generate(url, prompt + FORCED, {"max_new_tokens": 1, "temperature": 0.0}, logprob_start_len=0)

@@ -23,7 +23,8 @@ def test_answer_has_ids_logprobs_reason_and_version(subject: Subject) -> None:
     assert len(answer["output_ids"]) == 7
     assert all(entry[0] < 0.0 for entry in meta["output_token_logprobs"])
     assert meta["weight_version"] == "0"
-    assert meta["weight_versions"] == [{"version": "0", "start": 0, "end": 7}]
+    if subject.tells_spans:
+        assert meta["weight_versions"] == [{"version": "0", "start": 0, "end": 7}]
     assert isinstance(answer["text"], str)
 
 
@@ -54,12 +55,12 @@ def test_stop_token_ends_the_answer_and_is_kept_in_it(subject: Subject) -> None:
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": ids[3]}
 
 
-def test_wrong_value_is_a_400_with_a_message_and_wrong_name_a_500(subject: Subject) -> None:
+def test_wrong_value_is_a_400_with_a_message_and_wrong_name_an_error(subject: Subject) -> None:
     refused = post(subject.url, "/generate", {"input_ids": PROMPT, "sampling_params": {"temperature": -1.0}})
     assert refused.status_code == 400
     assert "temperature must be" in refused.json()["error"]["message"]
     unknown = post(subject.url, "/generate", {"input_ids": PROMPT, "sampling_params": {"temprature": 1.0}})
-    assert unknown.status_code == 500
+    assert unknown.status_code in (400, 500), "500 up to 0.5.22"
 
 
 def test_abort_by_id_returns_what_there_is(subject: Subject) -> None:
@@ -77,6 +78,9 @@ def test_held_request_goes_on_under_the_new_version(subject: Subject, mode: str)
     subject.engine.resume()
     running.read_until_version("8")
     answer = running.abort()
+    assert answer["meta_info"]["weight_version"] == "8"
+    if not subject.tells_spans:
+        return
     spans = answer["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["0", "8"]
     assert [spans[0]["start"], spans[0]["end"]] == [0, spans[1]["start"]]

@@ -50,6 +50,7 @@ class Generation:
     eos_token_id: int | None
     token_delay_s: float
     version_spans: bool
+    session_endpoints: bool
     weight_version: str
     updates: int
     max_in_flight: int
@@ -120,7 +121,9 @@ class Generation:
 
         try:
             while len(output) < limit:
-                await self._unpaused.wait()
+                # a retracted request is in the queue, from which an abort takes it at once
+                while not (self._unpaused.is_set() or (running.aborted and self.pause_mode == "retract")):
+                    await asyncio.sleep(0.001)
                 await asyncio.sleep(self.token_delay_s)
                 if running.aborted:
                     yield answer({"type": "abort", "message": "Abort in decode"})
@@ -186,7 +189,8 @@ class Generation:
         return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def _on_flush_cache(self, body: dict[str, Any]) -> web.Response:
-        if self._running and self.pause_mode != "retract":
+        # 0.5.17 refuses also while retracted requests wait in the queue
+        if self._running and (self.pause_mode != "retract" or not self.session_endpoints):
             return web.Response(text="Flush cache failed.\n", status=400)
         return web.Response(text="Cache flushed.\n")
 

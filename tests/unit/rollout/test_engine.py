@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 from megatron_rlvr.config.schema import DType, RolloutConfig
 from megatron_rlvr.rollout.engine import HttpEngine, probe
@@ -136,6 +138,22 @@ def test_flush_waits_for_requests_that_are_ending(server: FakeSGLang) -> None:
     server.fault("flush_cache", Fault.refuse, times=3)
     engine_of(server).flush_cache()
     assert server.count("flush_cache") == 4
+
+
+def test_old_server_flushes_once_retracted_requests_are_aborted() -> None:
+    with FakeSGLang(session_endpoints=False, version="0.5.17", eos_token_id=None) as server:
+        engine = engine_of(server)
+        body = {"input_ids": [5], "sampling_params": {"max_new_tokens": 10**9}, "stream": True}
+        with requests.post(server.url + "/generate", json=body, stream=True, timeout=60.0) as running:
+            lines = running.iter_lines()
+            next(lines)
+            engine.update_from_disk("/m", weight_version=1)
+            *_, last, done = (line for line in lines if line)
+        assert done == b"data: [DONE]"
+        answer = json.loads(last.removeprefix(b"data: "))
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert server.bodies("abort_request") == [{"abort_all": True}]
+        assert server.calls[-1].path == "continue_generation"
 
 
 def test_unknown_pause_mode_is_refused(server: FakeSGLang) -> None:
