@@ -68,8 +68,9 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         pipeline_dtype=dtype,
         bf16=model.dtype is DType.bf16,
         variable_seq_lengths=pipelined,
-        # Megatron checks this field of dense models too.
-        moe_token_dispatcher_type="alltoall" if pipelined or gpu else "allgather",
+        # Packed micro-batches differ in length between expert ranks, which the allgather dispatcher cannot have.
+        # (Megatron checks this field of dense models too.)
+        moe_token_dispatcher_type="alltoall",
         # batch_p2p_comm together with virtual stages is silently wrong on gloo.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.vpp > 1,

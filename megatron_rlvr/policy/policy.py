@@ -103,6 +103,11 @@ class Policy:
         """Whole Hugging Face tensors of this pipeline stage, one after the other, gathered over its tensor ranks."""
         return self.weights.export()
 
+    @property
+    def exports(self) -> bool:
+        """Whether this rank must iterate `export`, since others gather from it."""
+        return self.weights.takes_part
+
     def save_hf(self, out: str | Path, *, like: str | Path) -> None:
         """Writes the weights as a Hugging Face folder; tokenizer and config files come from `like`. Atomic."""
         self.weights.save(out, like=like)

@@ -49,7 +49,7 @@ class WeightBridge:
         takes every shard but the first for a copy.
         """
         for param in params:
-            if not param.replicated and not param.expert:
+            if not param.replicated:
                 tensor = parameters[param.name]
                 if not getattr(tensor, "tensor_model_parallel", False):
                     tensor_parallel.set_tensor_model_parallel_attributes(tensor, True, param.axis, 1)
@@ -73,6 +73,11 @@ class WeightBridge:
                     target = parameters[param.name]
                     spec = param.shard(0 if param.expert else self.parallel.ranks.tp_rank)
                     target.copy_(load_shard(spec, reader, dtype=target.dtype))
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank must iterate `export`: data-parallel rank 0 does, and all ranks that hold other experts."""
+        return self.parallel.ranks.dp_rank == 0 or parallel_state.get_expert_model_parallel_world_size() > 1
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -103,7 +108,7 @@ class WeightBridge:
         ranks = self.parallel.ranks
         if ranks.is_main:
             write_checkpoint(out, self._collect(), like=like, shapes=self.mapping.hf_tensors())
-        elif ranks.dp_rank == 0:
+        elif self.takes_part:
             self._contribute()
         self.parallel.barrier()
 
@@ -118,10 +123,11 @@ class WeightBridge:
 
     def _contribute(self) -> None:
         ranks = self.parallel.ranks
+        sends = ranks.dp_rank == 0 and ranks.tp_rank == 0 and ranks.pp_rank > 0
         for name, tensor in self.export():
-            if ranks.tp_rank == 0 and ranks.pp_rank > 0:
+            if sends:
                 dist.send_object_list([(name, tensor.cpu())], dst=0, group=self.parallel.control_group)
-        if ranks.tp_rank == 0 and ranks.pp_rank > 0:
+        if sends:
             dist.send_object_list([None], dst=0, group=self.parallel.control_group)
 
     def _receive(self, source: int) -> tuple[str, torch.Tensor] | None:

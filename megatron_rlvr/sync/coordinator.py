@@ -29,7 +29,7 @@ class WeightSync:
         leads: whether this rank controls the servers (global rank 0).
         stage: this rank's pipeline stage.
         num_stages: pipeline stages.
-        exports: whether this rank gathers tensors (data-parallel rank 0).
+        exports: whether this rank takes part in gathering its stage's tensors.
         transport: the sender, on the source rank of each stage; None elsewhere.
         pause_mode: in_place, retract or abort.
 

@@ -62,6 +62,10 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
     """Refuses a layout that does not fit the model, and sequences longer than its positions."""
     parallel = config.parallel
     Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep).check(shape)
+    if shape.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.sequence_parallel must be true for a model with experts and parallel.tp > 1, got {parallel.tp}"
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if longest > shape.max_position_embeddings:
         raise ValueError(

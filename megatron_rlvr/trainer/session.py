@@ -184,7 +184,7 @@ class Session:
             leads=self.is_main,
             stage=ranks.pp_rank,
             num_stages=ranks.pp_size,
-            exports=ranks.dp_rank == 0,
+            exports=self.policy.exports,
             transport=transport,
             pause_mode=config.sync.pause_mode.value,
         )
