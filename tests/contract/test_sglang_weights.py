@@ -112,16 +112,17 @@ def test_flush_while_paused(subject: Subject, mode: str) -> None:
 
 
 def test_distributed_update_needs_a_session_and_a_group(subject: Subject) -> None:
+    with pytest.raises(EngineError, match="does not exist"):
+        subject.engine.destroy_group(GROUP)
+    if not subject.tells_spans:
+        return  # knows no sessions, and dies of an unknown group
     metas = [TensorMeta(name="model.norm.weight", dtype="float32", shape=(64,))]
-    if subject.tells_spans:
-        with pytest.raises(EngineError, match="must run between"):
-            subject.engine.update_from_distributed(metas, group_name=GROUP, weight_version=1)
+    with pytest.raises(EngineError, match="must run between"):
+        subject.engine.update_from_distributed(metas, group_name=GROUP, weight_version=1)
     subject.engine.begin_update()
     with pytest.raises(EngineError, match="Failed to receive weights"):
         subject.engine.update_from_distributed(metas, group_name=GROUP, weight_version=1)
     subject.engine.end_update()
-    with pytest.raises(EngineError, match="does not exist"):
-        subject.engine.destroy_group(GROUP)
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
