@@ -373,7 +373,7 @@ class LoggingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OpsConfig:
-    backend: OpsBackend = OpsBackend.reference
+    backend: OpsBackend = OpsBackend.native
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,7 +22,7 @@ NATIVE_MODULES = (
 F = TypeVar("F", bound=Callable[..., Any])
 
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {name: {} for name in BACKENDS}
-_current = "reference"
+_current = "native"
 
 
 def register(op: str, *, backend: str) -> Callable[[F], F]:
@@ -48,15 +48,19 @@ def set_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"ops.backend must be one of {list(BACKENDS)}, got {name!r}")
     if name == "native":
-        try:
-            for module in NATIVE_MODULES:
-                importlib.import_module(module)
-        except ImportError as error:
-            raise RuntimeError(
-                f"ops.backend=native needs the extension megatron_rlvr._C, which does not load ({error}); "
-                "build it with `pip install -e .` or choose ops.backend=reference"
-            ) from error
+        _load_native()
     _current = name
+
+
+def _load_native() -> None:
+    try:
+        for module in NATIVE_MODULES:
+            importlib.import_module(module)
+    except ImportError as error:
+        raise RuntimeError(
+            f"ops.backend=native needs the extension megatron_rlvr._C, which does not load ({error}); "
+            "build it with `pip install -e .` or choose ops.backend=reference"
+        ) from error
 
 
 def get_backend() -> str:
@@ -70,6 +74,8 @@ def implementation(op: str) -> Callable[..., Any]:
     Raises:
         NotImplementedError: the backend does not have this op.
     """
+    if _current == "native":
+        _load_native()  # here and not on import: the extension takes torch's libraries with it
     try:
         return _implementations[_current][op]
     except KeyError:

@@ -9,7 +9,6 @@ from megatron_rlvr.advantage import ESTIMATORS, validate_advantage
 from megatron_rlvr.config.schema import (
     EvalConfig,
     GroupFilter,
-    OpsBackend,
     RolloutConfig,
     RunConfig,
     Schedule,
@@ -49,8 +48,10 @@ def check_config(config: RunConfig, *, world_size: int) -> list[str]:
         raise ValueError(f"loss.aggregation must be one of {sorted(AGGREGATIONS)}, got {config.loss.aggregation!r}")
     validate_advantage(config.advantage)
     warnings = validate_loss(config.loss, config.train.updates_per_rollout)
-    if config.ops.backend is OpsBackend.native:
-        backend.set_backend("native")
+    try:
+        backend.set_backend(config.ops.backend.value)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
     if config.loss.kl_coef == 0.0 and config.loss.kl_kind.value != "k3":
         raise ValueError(f"loss.kl_kind has no effect while loss.kl_coef is 0, got {config.loss.kl_kind.value!r}")
     if config.logging.wandb_project is not None and not config.logging.wandb:

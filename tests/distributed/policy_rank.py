@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_rlvr import ops
 from megatron_rlvr.config.schema import DType, ModelConfig, OptimConfig, ParallelConfig, Recompute
 from megatron_rlvr.data.packing import PackedSequence, build_microbatch, plan_microbatches, unpack_responses
 from megatron_rlvr.metrics import Metric
@@ -56,6 +57,7 @@ def main(job: dict[str, Any]) -> None:
     parallel_config = ParallelConfig(**job["parallel"])
     model = ModelConfig(path=job["path"], dtype=DType[job["dtype"]], recompute=Recompute[job["recompute"]])
     shape = ModelShape.from_hf(job["path"])
+    ops.set_backend(job["ops"])
     with ParallelContext(parallel_config, seed=0, timeout_s=120) as parallel:
         ranks = parallel.ranks
         # A large eps keeps Adam's first steps smooth in the gradient: without it, an element whose gradient is

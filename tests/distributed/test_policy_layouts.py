@@ -57,10 +57,11 @@ def train(
     max_tokens: int = 100,
     recompute: str = "none",
     dtype: str = "fp32",
+    ops: str = "native",
     **parallel: Any,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     job = {"path": str(model), "out": str(out), "parallel": parallel, "max_tokens": max_tokens}
-    job |= {"recompute": recompute, "dtype": dtype}
+    job |= {"recompute": recompute, "dtype": dtype, "ops": ops}
     run_ranks(SCRIPT, [json.dumps(job)], world_size=world_size)
     return pickle.loads(out.with_suffix(".pkl").read_bytes()), load_file(out / "model.safetensors")
 
@@ -96,6 +97,10 @@ def test_packing_changes_nothing(model, single, tmp_path: Path) -> None:
     alone = train(model, tmp_path / "trained", max_tokens=24)
     assert alone[0]["num_micro_batches"] > single[0]["num_micro_batches"]
     assert_same(alone, single)
+
+
+def test_reference_ops_change_nothing(model, single, tmp_path: Path) -> None:
+    assert_same(train(model, tmp_path / "trained", world_size=2, tp=2, ops="reference"), single)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
