@@ -62,7 +62,7 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=1 if parallel.ep > 1 else None,
+        expert_tensor_parallel_size=1 if shape.num_experts else None,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -75,7 +75,8 @@ class ParallelContext:
             virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
             context_parallel_size=config.cp,
             expert_model_parallel_size=config.ep,
-            expert_tensor_parallel_size=1 if config.ep > 1 else None,
+            # Experts are split by expert, never inside one.
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=max(1, int(timeout_s // 60)),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

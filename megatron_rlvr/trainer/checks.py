@@ -63,6 +63,10 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
     """Refuses a layout that does not fit the model, and sequences longer than its positions."""
     parallel = config.parallel
     Layout(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, ep=parallel.ep).check(shape)
+    if shape.dense_layers:
+        raise ValueError(
+            f"model.path must have experts in every layer or in none, but layers {list(shape.dense_layers)} are dense"
+        )
     if shape.num_experts and parallel.tp > 1 and not parallel.sequence_parallel:
         raise ValueError(
             f"parallel.sequence_parallel must be true for a model with experts and parallel.tp > 1, got {parallel.tp}"

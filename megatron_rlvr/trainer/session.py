@@ -34,6 +34,7 @@ from megatron_rlvr.weights.hf_config import ModelShape
 T = TypeVar("T")
 DATA_TIMEOUT_S = 300.0
 """For the rollout process to load data and start its verifiers."""
+SERVER_NEWS_S = 15.0
 
 
 class RunStoppedError(RuntimeError):
@@ -199,11 +200,22 @@ class Session:
     def _await_servers(self) -> list[ServerInfo]:
         assert self._servers is not None
         assert self._service is not None
-        with self.phase("servers", None) as advance:
-            servers = self._servers.wait_ready(lambda *args: advance())
+        servers = self._servers.wait_ready(self._every(SERVER_NEWS_S))
         self._service.connect([server.url for server in servers], router_url=self._servers.router_url)
         self.note(f"servers ready: {', '.join(server.url for server in servers)}")
         return servers
+
+    def _every(self, seconds: float) -> Callable[[str], None]:
+        """Notes a line at most every so many seconds."""
+        last = time.monotonic()
+
+        def news(line: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= seconds:
+                last = time.monotonic()
+                self.note(f"  {line}")
+
+        return news
 
     def push_weights(self) -> float:
         """Brings the servers to the current weights under the current version; returns seconds."""
