@@ -1,7 +1,8 @@
 """Builds the package and its extension `megatron_rlvr._C`, for the CPU alone or with the CUDA twins.
 
 CUDA is chosen by the toolchain, not by a visible device (a login node has none): nvcc and a torch built for CUDA.
-`MEGATRON_RLVR_CUDA=0` or `=1` overrides the choice. torch is not a build requirement, so that pip never fetches a
+`MEGATRON_RLVR_CUDA=0` or `=1` overrides the choice; `MEGATRON_RLVR_SANITIZE=1` builds with ASan and
+UBSan (tools/sanitize.sh). torch is not a build requirement, so that pip never fetches a
 second one: the extension is built against the torch that is installed in the environment.
 """
 
@@ -143,6 +144,8 @@ def extension_of(torch) -> tuple[Extension, type]:
     sources += sorted(ROOT.glob("csrc/ops/cpu/*.cpp"))
     # OpenMP's code but not its library: torch's runtime serves both; a second would double the threads.
     flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]}
+    if os.environ.get("MEGATRON_RLVR_SANITIZE") == "1":
+        flags["cxx"] += ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     macros = [("MEGATRON_RLVR_VERSION", f'"{version()}"')]
     if nvcc is not None:
         sources += sorted(ROOT.glob("csrc/ops/cuda/*.cpp")) + sorted(ROOT.glob("csrc/ops/cuda/*.cu"))

@@ -91,7 +91,7 @@ at::Tensor statistics_cpu(const at::Tensor& logits, const at::Tensor& targets, c
   at::parallel_for(0, logits.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       double* row = packed + t * width;
-      const void* x = base + t * stride;
+      const void* x = num_columns > 0 ? base + t * stride : base;  // no memory, no address to move
       if (wanted && !wanted[t]) {
         write_masked(row, width, first_column == 0);
         continue;
@@ -158,6 +158,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_cpu(const at::Tensor& logit
 void write_gradient(const at::Tensor& logits, const at::Tensor& out, const at::Tensor& targets, const at::Tensor& saved,
                     const std::optional<at::Tensor>& grad_logprobs, const std::optional<at::Tensor>& grad_entropy,
                     double temperature, int64_t first_column, int64_t num_columns) {
+  if (logits.numel() == 0) return;
   const auto type = logits.scalar_type();
   const auto kernel = cpu::kernels().gradient[static_cast<int>(element_of(type))];
   const auto size = static_cast<int64_t>(logits.element_size());
