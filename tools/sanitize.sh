@@ -19,5 +19,5 @@ echo "==> the ops' tests"
 export LD_PRELOAD="$(runtime libasan.so):$(runtime libubsan.so):$(runtime libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export PYTHONPATH="$PWD/$library:$PWD" OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-(("$#")) || set -- tests/unit/csrc tests/unit/ops -k "not cuda_compiles and not gpu"
+(("$#")) || set -- tests/unit/csrc tests/unit/ops -k "not cuda_compiles and not gpu and not reference"
 "$python" -P -m pytest -q -p no:cacheprovider --capture=no "$@"
