@@ -58,10 +58,16 @@ def end_with_parent(parent_pid: int) -> None:
 def _kill_own_group(scratch: Path) -> None:
     pid = os.getpid()
     shared = shared_files(pid)
-    shutil.rmtree(scratch, ignore_errors=True)
-    unlink(shared)
     if os.getpgid(0) == pid:
-        os.killpg(0, signal.SIGKILL)
+        # the others first: removing their files would make this process fail, and end, before it has killed them
+        while others := [member for member in group_members(pid) if member != pid]:
+            for member in others:
+                try:
+                    os.kill(member, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # ended by itself
+    unlink(shared)
+    shutil.rmtree(scratch, ignore_errors=True)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -77,15 +83,22 @@ def group_members(group: int) -> Iterator[int]:
 
 
 def shared_files(group: int) -> set[Path]:
-    """SGLang's files in /dev/shm that processes of the group have mapped."""
-    files = set()
+    """SGLang's and multiprocessing's files in /dev/shm that processes of the group have mapped."""
+    mapped = set()
     for pid in group_members(group):
         try:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         except OSError:  # ended while we looked
             continue
-        paths = {Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line}
-        files |= {path for path in paths if path.name.startswith(SHARED_PREFIXES)}
+        # by inode: a semaphore is mapped under the name it had before it was linked to its final one
+        mapped |= {int(line.split(maxsplit=5)[4]) for line in lines if "/dev/shm/" in line}
+    files = set()
+    for path in Path("/dev/shm").glob("*") if mapped else ():
+        try:
+            if path.name.startswith(SHARED_PREFIXES) and path.stat().st_ino in mapped:
+                files.add(path)
+        except FileNotFoundError:  # removed while we looked
+            continue
     return files
 
 

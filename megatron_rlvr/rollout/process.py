@@ -20,6 +20,7 @@ HEALTH_POLL_S = 0.25
 HEALTH_TIMEOUT_S = 30.0
 """A first token on a loaded machine takes seconds."""
 LOG_TAIL_LINES = 20
+SHARED_POLL_S = 10.0
 PORT_TAKEN = "address already in use"
 
 
@@ -95,6 +96,7 @@ class ServerProcess:
         with self._lock:
             self._stopping.set()
             if self._process is not None and self._process.poll() is None:
+                self._shared |= lifetime.shared_files(self._process.pid)
                 self._process.terminate()
         if self._thread.ident is None:
             return
@@ -120,9 +122,8 @@ class ServerProcess:
             failure = self._wait_healthy(process)
             if failure is None:
                 been_healthy = True
-                self._shared = lifetime.shared_files(process.pid)
                 self._set(ProcessState.ready, "ready")
-                process.wait()
+                self._wait_end(process)
                 failure = f"ended while serving, {_describe_exit(process.returncode)}"
             tail = self.log_tail()
             lifetime.kill_group(process, shared=self._shared)
@@ -159,6 +160,15 @@ class ServerProcess:
             process = self._process
         self._set(self.status.state, self.status.message, pid=process.pid)
         return process
+
+    def _wait_end(self, process: subprocess.Popen[bytes]) -> None:
+        """Waits, and notes what the process shares while there is something to be seen of it."""
+        while process.poll() is None:
+            self._shared |= lifetime.shared_files(process.pid)
+            try:
+                process.wait(timeout=SHARED_POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
 
     def _wait_healthy(self, process: subprocess.Popen[bytes]) -> str | None:
         """None when healthy, else what went wrong."""
