@@ -16,9 +16,11 @@ from megatron_rlvr.ops.faces import (
     token_covariance,
     vocab_parallel_logprob_entropy,
 )
+from megatron_rlvr.ops.vocab_moments import VocabMoments, vocab_parallel_moments
 
 __all__ = [
     "TokenCovariance",
+    "VocabMoments",
     "chunked_logprob_entropy",
     "get_backend",
     "group_advantages",
@@ -30,4 +32,5 @@ __all__ = [
     "token_covariance",
     "unpack_bucket",
     "vocab_parallel_logprob_entropy",
+    "vocab_parallel_moments",
 ]

@@ -53,18 +53,40 @@ def vocab_parallel_logprob_entropy(
     return logprobs_T, entropy_T
 
 
+@register("vocab_parallel_moments", backend="native")
+def vocab_parallel_moments(
+    logits_TV: torch.Tensor, targets_T: torch.Tensor, *, temperature: float, group: dist.ProcessGroup | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """See `megatron_rlvr.ops.vocab_parallel_moments`: (log-probs, entropies) and all shards' statistics [R, T, 6]."""
+    logits_TV = logits_TV.detach()
+    if logits_TV.stride(1) != 1 and logits_TV.shape[1] > 1:
+        logits_TV = logits_TV.contiguous()
+    targets_T = targets_T.long().contiguous()
+    width = logits_TV.shape[1]
+
+    def statistics(first_column: int) -> torch.Tensor:
+        return _ops.vocab_logprob_statistics(logits_TV, targets_T, None, temperature, first_column, width, True)
+
+    statistics_RT6, first_column, vocab_size = gather_statistics(statistics, width=width, group=group)
+    check_targets(targets_T, vocab_size=vocab_size)
+    logprobs_T, entropy_T, _ = _ops.vocab_logprob_merge(
+        logits_TV, targets_T, statistics_RT6, None, temperature, first_column, width
+    )
+    return (logprobs_T, entropy_T), statistics_RT6
+
+
 def gather_statistics(
     statistics: Callable[[int], torch.Tensor], *, width: int, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, int, int]:
     """The statistics of all shards, by one all-gather.
 
     Args:
-        statistics: gives this shard's fp64 [T, 4] (packed as in csrc/ops/vocab_logprob.h) for its first column.
+        statistics: gives this shard's fp64 [T, 4 or 6] (packed as in csrc/ops/vocab_logprob.h) for its first column.
         width: columns of this shard. Where ranks differ in it, which the trainer's layouts never do, the
             statistics are taken and gathered a second time.
 
     Returns:
-        fp64 [R, T, 4] in rank order, the first column of this rank's shard, the vocabulary's size.
+        fp64 [R, T, 4 or 6] in rank order, the first column of this rank's shard, the vocabulary's size.
     """
     if group is None or dist.get_world_size(group) == 1:
         return statistics(0)[None], 0, width

@@ -6,7 +6,16 @@ from megatron_rlvr.ops.reference import (
     group_advantages,
     policy_loss,
     token_selection,
+    vocab_moments,
     vocab_parallel,
 )
 
-__all__ = ["bucket", "chunked_head", "group_advantages", "policy_loss", "token_selection", "vocab_parallel"]
+__all__ = [
+    "bucket",
+    "chunked_head",
+    "group_advantages",
+    "policy_loss",
+    "token_selection",
+    "vocab_moments",
+    "vocab_parallel",
+]
