@@ -57,7 +57,6 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",
         "pre-commit>=4",
         "clang-format>=18",
-        "expecttest>=0.2",
     ],
 }
 
