@@ -63,6 +63,8 @@ class Updater:
         self.policy_loss = losses.LOSSES.get(loss.name)
         self.num_updates = 0
         """Completed optimizer steps (skipped ones included)."""
+        self._current: list[torch.Tensor] = []
+        """Current log-probs of the optimizer step under way, micro-batch by micro-batch, for the overlap metric."""
 
     def run(self, updates: Sequence[Sequence[MicroBatch]]) -> UpdateOutcome:
         """One optimizer step for every entry of `updates` (this rank's micro-batches of it)."""
@@ -81,8 +83,9 @@ class Updater:
                 micro.ref_logprobs_T = logprobs_T
         results = []
         for micro_batches in updates:
+            self._current = []
             if self._selects_globally:
-                parts.append(self._select(micro_batches))
+                self._select(micro_batches)
             lr = learning_rate(self.optim, self.num_updates, self.total_updates)
             metrics, result = self.policy.update(
                 micro_batches,
@@ -90,6 +93,8 @@ class Updater:
                 lr=lr,
                 temperature=self.temperature,
             )
+            if self._selects_globally and self.loss.cov_logp is CovLogp.old:
+                parts.append(self._overlap_metrics(micro_batches))
             self.num_updates += 1
             parts.append(metrics)
             results.append(result)
@@ -112,6 +117,7 @@ class Updater:
         """Sum over tokens of weight x (policy loss + KL term - entropy bonus), and its metrics."""
         current_T = logprobs_T.detach()
         metrics: dict[str, Metric] = {}
+        self._current.append(current_T)
         if micro.old_logprobs_T is None:
             micro.old_logprobs_T = current_T
         if with_pass_metrics:
@@ -139,13 +145,13 @@ class Updater:
             loss_T = loss_T - self.loss.entropy_coef * torch.where(micro.loss_mask_T, entropy_T, 0.0)
         return (loss_T.double() * weights_T).sum(), metrics
 
-    def _select(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Metric]:
+    def _select(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Fixes the selected tokens of one optimizer step, over all its micro-batches and data-parallel ranks."""
         current: Sequence[torch.Tensor] = []
         if self.loss.cov_logp is CovLogp.current:
             current = self.policy.logprobs(micro_batches, temperature=self.temperature).logprobs
         if not self.parallel.ranks.is_last_stage:
-            return {}
+            return
         old_T = torch.cat([micro.old_logprobs_T for micro in micro_batches if micro.old_logprobs_T is not None])
         logprobs_T = torch.cat(list(current)) if current else old_T
         join = _Joined.of(micro_batches)
@@ -154,7 +160,21 @@ class Updater:
         sizes = [micro.num_tokens for micro in micro_batches]
         for micro, part in zip(micro_batches, selected_T.split(sizes), strict=True):
             micro.selected_T = part
-        return {}
+
+    def _overlap_metrics(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Metric]:
+        """Share of the tokens selected by old log-probs that current ones would have selected too (spec B5.2).
+
+        Free of extra passes: the loss has just seen the current log-probs of every micro-batch.
+        """
+        if not self.parallel.ranks.is_last_stage:
+            return {}
+        join = _Joined.of(micro_batches)
+        old_T = torch.cat([micro.old_logprobs_T for micro in micro_batches if micro.old_logprobs_T is not None])
+        selected_T = torch.cat([micro.selected_T for micro in micro_batches if micro.selected_T is not None])
+        current_T = torch.cat(self._current)
+        clipped_T = self._ratio_clipped(current_T, old_T, join)
+        would_T = self._choose(current_T, join, ratio_clipped_T=clipped_T, everywhere=True)
+        return {"cov/selected_overlap_current": Mean(float((selected_T & would_T).sum()), float(selected_T.sum()))}
 
     def _select_in(self, micro: MicroBatch, current_T: torch.Tensor) -> torch.Tensor:
         """The papers' code: means, count and draw inside one micro-batch, from the current log-probs."""

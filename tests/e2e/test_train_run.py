@@ -71,6 +71,8 @@ def test_run(ranks: int, overrides: list[str], tmp_path: Path) -> None:
         assert row["policy_version"] == row["step"]
         # Step n is sampled from the weights of sync n - 1: both sides agree on them, before and after every sync.
         assert 0 < row["rollout/logprob_diff_max"] < 1e-4
+    if "loss=kl_cov" in overrides:
+        assert all(0 < row["cov/selected_overlap_current"] <= 1 for row in rows)
     entropies = {round(row["entropy/mean"], 9) for row in rows}
     assert len(entropies) == 3, "the policy moves"
     assert "held-out accuracy" in run.output
