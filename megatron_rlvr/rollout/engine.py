@@ -83,6 +83,10 @@ class HttpEngine:
         """
         if mode not in PAUSE_MODES:
             raise ValueError(f"pause mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+        if mode != "in_place":
+            # A scheduler that is paused keeps its last, finished batch and refuses to flush because of it. A flush
+            # while it still runs clears that batch; an engine that is busy refuses this one, which is no matter.
+            self._send("/flush_cache", {})
         self._post("/pause_generation", {"mode": mode})
         self._pause_mode = mode
 

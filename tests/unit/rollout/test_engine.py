@@ -126,7 +126,7 @@ def test_update_sends_one_flattened_bucket_that_flushes_nothing(server: FakeSGLa
 def test_update_from_disk_pauses_only_what_runs(server: FakeSGLang) -> None:
     engine = engine_of(server)
     engine.update_from_disk("/m", weight_version=1)
-    control = ["pause_generation", "update_weights_from_disk", "flush_cache", "continue_generation"]
+    control = ["flush_cache", "pause_generation", "update_weights_from_disk", "flush_cache", "continue_generation"]
     assert [call.path for call in server.calls] == control
     server.calls.clear()
     engine.pause("in_place")
