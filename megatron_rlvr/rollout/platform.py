@@ -1,7 +1,8 @@
 """SGLang on a machine without a GPU: the only place where something of SGLang's world is replaced.
 
-Stock SGLang serves on a CPU once three gaps are filled that its GPU-only wheels leave. `install` fills them before
-``import sglang`` and does nothing where a GPU is present. Needed flags are in `arguments`.
+Stock SGLang serves on a CPU once three gaps are filled that its GPU-only wheels leave, and decodes a batch in a
+reasonable time once its attention takes the batch at a time. `install` sees to both before ``import sglang`` and does
+nothing where a GPU is present. Needed flags are in `arguments`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
@@ -32,6 +35,7 @@ def install() -> None:
     declare_torchvision_ops()
     _stand_in_for_cudart()
     _stand_in_for_sgl_kernel()
+    _batch_the_attention()
 
 
 def declare_torchvision_ops() -> None:
@@ -137,3 +141,165 @@ def assign_req_to_token_pool_cpu(
         assert last <= pool_len, f"request ends at token {last}, its row holds {pool_len}"
         req_to_token[row, first:last] = out_cache_loc[taken : taken + last - first].to(req_to_token.dtype)
         taken += last - first
+
+
+ATTENTION_MODULE = "sglang.srt.layers.attention.torch_native_backend"
+SLOTS_AT_A_TIME = 1 << 22
+"""Bound of query slots x key slots, and of gathered key slots x head size, of one padded block."""
+
+
+def _batch_the_attention() -> None:
+    # The torch_native backend runs Python code for every request of every layer of every token: with 128 requests
+    # that is nine tenths of a decoding step of a small model.
+    sys.meta_path.insert(0, _AfterImport(ATTENTION_MODULE, _give_batched_methods))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Calls a function on a module once it has been imported, which may be never."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self._name = name
+        self._then = then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self._then(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _give_batched_methods(module: ModuleType) -> None:
+    backend = module.TorchNativeAttnBackend
+    for name, batched in (("_run_sdpa_forward_decode", batched_decode), ("_run_sdpa_forward_extend", batched_extend)):
+        if hasattr(backend, name):
+            setattr(backend, name, _with_fallback(getattr(backend, name), batched))
+
+
+def _with_fallback(one_by_one: Callable[..., Any], batched: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """The batched form for plain causal self-attention, SGLang's own for everything else."""
+    signature = inspect.signature(one_by_one)
+
+    @functools.wraps(one_by_one)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        window = given.get("sliding_window_size")
+        plain = (
+            given.get("encoder_lens") is None
+            and not given.get("is_cross_attn", False)
+            and (window is None or window <= -1)
+            and (given.get("causal", False) or "extend_seq_lens" not in given)
+            and given["query"].dtype == given["k_cache"].dtype
+        )
+        if not plain:
+            return one_by_one(self, *args, **kwargs)
+        taken = inspect.signature(batched).parameters
+        return batched(**{name: value for name, value in given.items() if name in taken})
+
+    return method
+
+
+def batched_decode(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scaling: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """One new token for every request, all requests of a block in one attention call.
+
+    Args:
+        query: [B, heads, head size]; output: the same shape, filled and returned.
+        k_cache, v_cache: [slots, key heads, head size].
+        req_to_token: [requests, context] slots of each request's tokens.
+        req_pool_indices, seq_lens: int [B].
+    """
+    ones = torch.ones_like(seq_lens)
+    return batched_extend(
+        query,
+        output,
+        k_cache,
+        v_cache,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        seq_lens - 1,
+        ones,
+        scaling,
+        enable_gqa,
+    )
+
+
+def batched_extend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_prefix_lens: torch.Tensor,
+    extend_seq_lens: torch.Tensor,
+    scaling: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """New tokens behind each request's cached prefix, causally, a padded block of requests at a time.
+
+    Args: as `batched_decode`; query and output are [sum of extend_seq_lens, heads, head size].
+    """
+    new, total = extend_seq_lens.tolist(), seq_lens.tolist()
+    starts = list(itertools.accumulate(new, initial=0))
+    first = 0
+    for last in _blocks(new, total, key_size=k_cache.shape[1] * k_cache.shape[2]):
+        block = slice(first, last)
+        most_new, most = max(new[block]), max(total[block])
+        prefix_B, new_B = extend_prefix_lens[block, None], extend_seq_lens[block, None]
+        position_Q, position_K = torch.arange(most_new), torch.arange(most)
+        real_BQ = position_Q < new_B
+        slots_BK = req_to_token[req_pool_indices[block], :most].long()
+        # Behind its end a request's own first slot stands in: masked, and certain to hold numbers.
+        slots_BK = torch.where(position_K < seq_lens[block, None], slots_BK, slots_BK[:, :1])
+        # A query sees its request's tokens up to itself; rows of padding see what the last real one sees.
+        reach_BQ = prefix_B + torch.minimum(position_Q, new_B - 1)
+        mask_B1QK = (position_K <= reach_BQ[..., None])[:, None]
+        padded = query.new_zeros(last - first, most_new, *query.shape[1:])
+        padded[real_BQ] = query[starts[first] : starts[last]]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            padded.transpose(1, 2),
+            k_cache[slots_BK].transpose(1, 2),
+            v_cache[slots_BK].transpose(1, 2),
+            attn_mask=mask_B1QK,
+            scale=scaling,
+            enable_gqa=enable_gqa,
+        )
+        output[starts[first] : starts[last]] = attended.transpose(1, 2)[real_BQ]
+        first = last
+    return output
+
+
+def _blocks(new: Sequence[int], total: Sequence[int], *, key_size: int) -> Iterator[int]:
+    """Ends of runs of requests whose padded block stays small."""
+    first, most_new, most = 0, 0, 0
+    for index in range(len(new)):
+        grown_new, grown = max(most_new, new[index]), max(most, total[index])
+        if index > first and (index + 1 - first) * grown * max(grown_new, key_size) > SLOTS_AT_A_TIME:
+            yield index
+            first, grown_new, grown = index, new[index], total[index]
+        most_new, most = grown_new, grown
+    if len(new):
+        yield len(new)
