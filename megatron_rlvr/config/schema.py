@@ -45,6 +45,13 @@ class GroupFilter(Enum):
     mixed = "mixed"
 
 
+class Elision(Enum):
+    """Responses with zero advantage in the update: left out where that is exact, or never."""
+
+    auto = "auto"
+    never = "never"
+
+
 class Console(Enum):
     auto = "auto"
     rich = "rich"
@@ -331,6 +338,9 @@ class TrainConfig:
     updates_per_rollout: int = 1
     """Optimizer steps per rollout batch; prompts_per_step must be divisible by it."""
     max_tokens_per_microbatch: int = 16384
+    elide_zero_advantage: Elision = Elision.auto
+    """auto: a response whose advantage is exactly 0 costs a forward pass (for the metrics) and no backward, where
+    that leaves the gradient as it is: loss ppo without KL and entropy terms, one update per rollout."""
     save_hf: bool = True
     """Write the trained policy as a Hugging Face folder at the end."""
 

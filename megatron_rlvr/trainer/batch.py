@@ -21,6 +21,8 @@ class StepShare:
     """What one data-parallel rank trains on in one optimizer step, as it travels from rank 0."""
 
     micro_batches: list[list[PackedSequence]]
+    idle: list[list[PackedSequence]]
+    """Responses that the gradient does not see: their advantage is exactly 0. Only the metrics look at them."""
     num_tokens: int
     """Response tokens of the whole optimizer step, all ranks."""
     num_sequences: int
@@ -38,6 +40,8 @@ class DealOptions:
     dp_size: int
     micro_batch_multiple: int
     """The number of micro-batches per rank is a multiple of it (pipeline stages under interleaving)."""
+    elide_zero_advantage: bool
+    """Keep responses with zero advantage out of the micro-batches of the update."""
 
 
 def deal(
@@ -63,22 +67,33 @@ def deal(
         sequences = _sequences([groups[m] for m in members], [advantages[m] for m in members], options)
         if not sequences:
             raise ValueError(f"update {update} of this rollout batch has no usable response: all were aborted or empty")
-        plan = plan_microbatches(
-            [sequence.num_tokens for sequence in sequences],
-            dp_size=options.dp_size,
-            max_tokens=options.max_tokens_per_microbatch,
-            multiple_of=options.micro_batch_multiple,
-        )
+        idle = [s for s in sequences if s.advantage == 0.0] if options.elide_zero_advantage else []
+        kept = [s for s in sequences if s.advantage != 0.0] if options.elide_zero_advantage else sequences
+        # A step whose gradient is zero is still a step: the optimizer's moments decay, the schedule moves on.
+        kept_plan = _plan(kept, options) if kept else [[[]] * options.micro_batch_multiple] * options.dp_size
+        idle_plan = _plan(idle, options) if idle else [[] for _ in range(options.dp_size)]
         num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
-        for dp_rank, micro_batches in enumerate(plan):
+        for dp_rank in range(options.dp_size):
             shares[dp_rank].append(
                 StepShare(
-                    micro_batches=[[sequences[i] for i in micro] for micro in micro_batches],
+                    micro_batches=kept_plan[dp_rank],
+                    idle=idle_plan[dp_rank],
                     num_tokens=num_tokens,
                     num_sequences=len(sequences),
                 )
             )
     return shares
+
+
+def _plan(sequences: Sequence[PackedSequence], options: DealOptions) -> list[list[list[PackedSequence]]]:
+    """``plan[dp_rank][micro_batch]``, balanced over ranks, the same number of micro-batches on each."""
+    plan = plan_microbatches(
+        [sequence.num_tokens for sequence in sequences],
+        dp_size=options.dp_size,
+        max_tokens=options.max_tokens_per_microbatch,
+        multiple_of=options.micro_batch_multiple,
+    )
+    return [[[sequences[i] for i in micro] for micro in micro_batches] for micro_batches in plan]
 
 
 def _sequences(
@@ -106,10 +121,22 @@ def _sequences(
     return [replace(sequence, weight=float(w)) for sequence, w in zip(sequences, weights_N, strict=True)]
 
 
-def to_micro_batches(share: StepShare, *, pad_to_multiple: int, device: torch.device) -> list[MicroBatch]:
+@dataclass(kw_only=True, slots=True)
+class UpdateBatch:
+    """One rank's packed tensors of one optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    idle: list[MicroBatch]
+    """Looked at for the metrics alone; see `StepShare.idle`."""
+
+
+def pack_share(share: StepShare, *, pad_to_multiple: int, device: torch.device) -> UpdateBatch:
     """Packed tensors of a rank's share on its device."""
-    packed = [build_microbatch(sequences, pad_to_multiple=pad_to_multiple) for sequences in share.micro_batches]
-    return [on_device(micro, device) for micro in packed]
+
+    def pack(micro_batches: Sequence[Sequence[PackedSequence]]) -> list[MicroBatch]:
+        return [on_device(build_microbatch(s, pad_to_multiple=pad_to_multiple), device) for s in micro_batches]
+
+    return UpdateBatch(micro_batches=pack(share.micro_batches), idle=pack(share.idle))
 
 
 def on_device(micro: MicroBatch, device: torch.device) -> MicroBatch:

@@ -79,6 +79,19 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
         )
 
 
+def whole_batch_reason(config: RunConfig, *, has_experts: bool) -> str | None:
+    """Why an update needs responses with zero advantage too; None where leaving them out is exact (spec A10)."""
+    if config.loss.name != "ppo":
+        return f"loss.name={config.loss.name} uses log-probs of all tokens"
+    if config.loss.kl_coef != 0.0:
+        return "the KL to the reference model has a gradient on all tokens"
+    if config.loss.entropy_coef != 0.0:
+        return "the entropy bonus has a gradient on all tokens"
+    if config.train.updates_per_rollout > 1:
+        return "old log-probs are needed of all tokens"
+    return "routing of experts counts all tokens" if has_experts else None
+
+
 def check_outside(config: RunConfig) -> None:
     """Looks at what the run will read: data files, tokenizer, running servers. For one rank only.
 

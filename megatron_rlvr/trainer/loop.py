@@ -18,10 +18,10 @@ from megatron_rlvr.report.html_report import write_report
 from megatron_rlvr.report.live_view import LiveView
 from megatron_rlvr.report.metrics_writer import MetricsWriter
 from megatron_rlvr.report.samples import write_samples
-from megatron_rlvr.trainer.batch import DealOptions, StepShare, deal, to_micro_batches
+from megatron_rlvr.trainer.batch import DealOptions, StepShare, UpdateBatch, deal, pack_share
 from megatron_rlvr.trainer.session import Session
 from megatron_rlvr.trainer.update import UpdateOutcome
-from megatron_rlvr.types import EvalBatch, MicroBatch, RolloutBatch
+from megatron_rlvr.types import EvalBatch, RolloutBatch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,7 +95,7 @@ class StepClock:
 
 def share_out(
     run: Session, batch: RolloutBatch | None
-) -> tuple[list[list[MicroBatch]], list[np.ndarray], dict[str, Metric]]:
+) -> tuple[list[UpdateBatch], list[np.ndarray], dict[str, Metric]]:
     """Advantages and packing on rank 0, then every rank's micro-batches of every optimizer step."""
     config, ranks = run.config, run.parallel.ranks
     dp_ranks = run.parallel.gather_objects(ranks.dp_rank)
@@ -110,6 +110,7 @@ def share_out(
             max_tokens_per_microbatch=config.train.max_tokens_per_microbatch,
             dp_size=ranks.dp_size,
             micro_batch_multiple=ranks.pp_size if config.parallel.vpp > 1 else 1,
+            elide_zero_advantage=run.elides_zero_advantage,
         )
         return advantages, metrics, deal(batch.groups, advantages, options)
 
@@ -121,7 +122,7 @@ def share_out(
     )
     assert box[0] is not None
     pad = ranks.tp_size if config.parallel.sequence_parallel else 1
-    updates = [to_micro_batches(share, pad_to_multiple=pad, device=run.policy.device) for share in box[0]]
+    updates = [pack_share(share, pad_to_multiple=pad, device=run.policy.device) for share in box[0]]
     return updates, advantages, metrics
 
 

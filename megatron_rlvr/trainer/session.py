@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_rlvr import ops
-from megatron_rlvr.config.schema import DType, RunConfig, Transport
+from megatron_rlvr.config.schema import Elision, RunConfig, Transport
 from megatron_rlvr.data.problems import ProblemSet, load_problems
 from megatron_rlvr.policy import platform
 from megatron_rlvr.policy.parallel import ParallelContext
@@ -25,7 +25,7 @@ from megatron_rlvr.rollout.service import RolloutService
 from megatron_rlvr.sync.broadcast import BroadcastTransport
 from megatron_rlvr.sync.coordinator import WeightSync
 from megatron_rlvr.trainer import scratch
-from megatron_rlvr.trainer.checks import check_shape
+from megatron_rlvr.trainer.checks import check_shape, whole_batch_reason
 from megatron_rlvr.trainer.update import Updater
 from megatron_rlvr.trainer.warm_start import WarmStart, cache_key, cached_model
 from megatron_rlvr.types import EvalBatch, RolloutBatch
@@ -68,6 +68,13 @@ class Session:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
+
+    @property
+    def elides_zero_advantage(self) -> bool:
+        """Whether responses with zero advantage stay out of the update."""
+        config = self.config
+        wanted = config.train.elide_zero_advantage is Elision.auto
+        return wanted and whole_batch_reason(config, has_experts=self.policy.shape.num_experts > 0) is None
 
     @property
     def is_main(self) -> bool:
@@ -336,6 +343,3 @@ def _advance_to(advance: Callable[..., None]) -> Callable[[Progress], None]:
 def _light(group):
     """The group without token arrays, for ranks that only need its verdicts."""
     return replace(group, rollouts=[replace(r, response_ids=r.response_ids[:0], text="") for r in group.rollouts])
-
-
-__all__ = ["DType", "RunStoppedError", "Session"]

@@ -18,6 +18,7 @@ from megatron_rlvr.metrics import Max, Mean, Metric, Sum, merge
 from megatron_rlvr.policy.optimizer import UpdateResult, learning_rate
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.policy.policy import LogprobPass, Policy
+from megatron_rlvr.trainer.batch import UpdateBatch
 from megatron_rlvr.types import MicroBatch
 
 COVARIANCE_LOSSES = ("clip_cov", "kl_cov")
@@ -66,12 +67,14 @@ class Updater:
         self._current: list[torch.Tensor] = []
         """Current log-probs of the optimizer step under way, micro-batch by micro-batch, for the overlap metric."""
 
-    def run(self, updates: Sequence[Sequence[MicroBatch]]) -> UpdateOutcome:
-        """One optimizer step for every entry of `updates` (this rank's micro-batches of it)."""
-        every = [micro for micro_batches in updates for micro in micro_batches]
+    def run(self, updates: Sequence[UpdateBatch]) -> UpdateOutcome:
+        """One optimizer step for every entry of `updates` (this rank's part of it)."""
+        every = [micro for update in updates for micro in update.micro_batches]
+        idle = [micro for update in updates for micro in update.idle]
+        assert not (idle and self._needs_all_tokens(len(updates))), "zero advantages are elided where that is exact"
         # With a single update old and current log-probs are the same numbers: the loss pass gives both.
         separate_pass = len(updates) > 1 or self._selects_globally
-        parts: list[dict[str, Metric]] = []
+        parts: list[dict[str, Metric]] = [self._look_at(idle)] if idle else []
         if separate_pass:
             before = self.policy.logprobs(every, temperature=self.temperature)
             for micro, logprobs_T in zip(every, before.logprobs, strict=False):
@@ -82,7 +85,7 @@ class Updater:
             for micro, logprobs_T in zip(every, frozen.logprobs, strict=False):
                 micro.ref_logprobs_T = logprobs_T
         results = []
-        for micro_batches in updates:
+        for micro_batches in [update.micro_batches for update in updates]:
             self._current = []
             if self._selects_globally:
                 self._select(micro_batches)
@@ -99,8 +102,21 @@ class Updater:
             parts.append(metrics)
             results.append(result)
         if not separate_pass and self.parallel.ranks.is_last_stage:
-            parts.append(self._covariance_metrics(every))
+            parts.append(self._covariance_metrics([*every, *idle]))
+        parts.append(_saved_metrics(every, idle))
         return UpdateOutcome(metrics=merge(parts), results=results)
+
+    def _needs_all_tokens(self, num_updates: int) -> bool:
+        return num_updates > 1 or self._selects_globally or self.reference is not None or self.loss.entropy_coef != 0.0
+
+    def _look_at(self, idle: Sequence[MicroBatch]) -> dict[str, Metric]:
+        """A pass without gradient over responses that the update leaves out: entropy and mismatch count them."""
+        once = self.policy.logprobs(idle, temperature=self.temperature)
+        for micro, logprobs_T in zip(idle, once.logprobs, strict=False):
+            micro.old_logprobs_T = logprobs_T
+        if not self.parallel.ranks.is_last_stage:
+            return {}
+        return _mismatch_metrics(idle, once) | _entropy_metrics(idle, once)
 
     @property
     def _selects_globally(self) -> bool:
@@ -256,6 +272,12 @@ class _Joined:
             trajectory_T=torch.cat([micro.trajectory_T for micro in micro_batches]),
             position_T=torch.cat([micro.response_position_T for micro in micro_batches]),
         )
+
+
+def _saved_metrics(kept: Sequence[MicroBatch], idle: Sequence[MicroBatch]) -> dict[str, Metric]:
+    """Share of the packed tokens that had no backward pass."""
+    saved, used = (float(sum(micro.num_tokens for micro in part)) for part in (idle, kept))
+    return {"update/elided_fraction": Mean(saved, saved + used)}
 
 
 def _mean(values_T: torch.Tensor, mask_T: torch.Tensor) -> Mean:
