@@ -12,7 +12,6 @@ from megatron_rlvr.config.schema import (
     RolloutConfig,
     RunConfig,
     Schedule,
-    Transport,
     WarmStartConfig,
 )
 from megatron_rlvr.data.problems import load_problems
@@ -174,11 +173,6 @@ def _check_numbers(config: RunConfig) -> None:
         raise ValueError(
             f"train.max_tokens_per_microbatch must hold a prompt and its response (data.max_prompt_tokens + "
             f"rollout.max_response_tokens = {longest}), got {train.max_tokens_per_microbatch}"
-        )
-    if config.sync.transport is Transport.broadcast and config.rollout.server.dp > 1:
-        raise ValueError(
-            f"rollout.server.dp must be 1 with sync.transport=broadcast (SGLang numbers its update ranks by tensor "
-            f"rank alone): start more servers with rollout.server.num_servers, got {config.rollout.server.dp}"
         )
     if not (config.data.reasoning_gym or config.data.jsonl):
         raise ValueError("data.reasoning_gym or data.jsonl must name at least one source of problems, got neither")
