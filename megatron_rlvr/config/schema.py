@@ -327,7 +327,7 @@ class SyncConfig:
     pause_mode: PauseMode = PauseMode.retract
     timeout_s: float = 300.0
     host: str | None = None
-    """Address under which servers reach the trainer; null: loopback for local servers, else this machine's name."""
+    """Address under which servers reach the trainer; null: the address of this machine that faces them."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from megatron_rlvr import ops
 from megatron_rlvr.config.schema import Elision, RunConfig, Transport
@@ -202,7 +203,13 @@ class Session:
         """Where the servers reach this process."""
         if self.config.sync.host is not None:
             return self.config.sync.host
-        return socket.gethostname() if self.config.rollout.urls else "127.0.0.1"
+        if not self.config.rollout.urls:
+            return "127.0.0.1"
+        server = urlsplit(self.config.rollout.urls[0])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+            # Sends nothing: asks the kernel which of this machine's addresses faces the server.
+            route.connect((server.hostname, server.port or 80))
+            return str(route.getsockname()[0])
 
     def _await_servers(self) -> list[ServerInfo]:
         assert self._servers is not None

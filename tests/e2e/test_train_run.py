@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_rlvr.rollout.engine import HttpEngine
+from tests.conftest import RealServer
 from tests.e2e.runs import family, start, train
 
 pytestmark = pytest.mark.server
@@ -85,6 +87,27 @@ def test_run(ranks: int, overrides: list[str], tmp_path: Path) -> None:
     assert config["rollout"]["prompts_per_step"] == 4
     assert (latest / "model" / "model.safetensors").is_file()
     assert list((latest / "samples").iterdir())
+
+
+def test_given_server(real_server: RealServer, tmp_path: Path) -> None:
+    """Two ranks train on a server that somebody else runs, and leave it running under the last version."""
+    engine = HttpEngine(real_server.url, num_ranks=real_server.info.num_ranks, timeout_s=60)
+    overrides = [
+        *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+        *(f"model.path={real_server.model}", f"rollout.urls=[{real_server.url}]", "data.max_prompt_tokens=256"),
+        *("data.val_size=8", "rollout.prompts_per_step=2", "rollout.group_size=4", "train.steps=2"),
+        *("rollout.concurrency=8", "rollout.server.max_total_tokens=null", "rollout.server.max_running_requests=null"),
+        *("logging.console=plain", f"output_dir={tmp_path}"),
+    ]
+    try:
+        run = train(overrides, ranks=2, timeout_s=300)
+        assert run.code == 0, run.output
+        assert run.survivors == []
+        assert engine.weight_version() == "2"
+        rows = rows_of(tmp_path)
+        assert all(0 < row["rollout/logprob_diff_max"] < 1e-4 for row in rows)
+    finally:
+        engine.update_from_disk(str(real_server.model), weight_version=0)
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
