@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_rlvr.advantage import ESTIMATORS, validate_advantage
@@ -201,10 +202,13 @@ def _check_rollout(rollout: RolloutConfig) -> None:
 
 
 def _check_warm_start(warm: WarmStartConfig, *, scratch: bool) -> None:
-    if not warm.enabled and warm != WarmStartConfig():
-        raise ValueError(
-            "warm_start has no effect while warm_start.enabled is false, got other values than the defaults"
-        )
+    if not warm.enabled:
+        for field in fields(warm):
+            if getattr(warm, field.name) != getattr(WarmStartConfig(), field.name):
+                raise ValueError(
+                    f"warm_start.{field.name} has no effect while warm_start.enabled is false, "
+                    f"got {getattr(warm, field.name)}"
+                )
     if scratch and not warm.enabled:
         raise ValueError("warm_start.enabled must be true with model.scratch: random weights solve nothing")
     if not 0.0 < warm.target_accuracy <= 1.0:

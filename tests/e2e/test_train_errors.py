@@ -55,7 +55,7 @@ def test_configuration(overrides: list[str], words: list[str], tmp_path: Path) -
 def with_model(model: Path) -> list[str]:
     return [
         *("experiment=quickstart", "parallel.tp=1", f"model.path={model}", "model.scratch=null"),
-        "warm_start.enabled=false",
+        *("warm_start.enabled=false", "warm_start.check_every=50"),
     ]
 
 
