@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from megatron_rlvr.types import EngineError, TensorMeta
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Engine", "EngineError", "TensorMeta", "TensorSource"]
+__all__ = ["Engine", "EngineError", "TensorMeta"]
 
 
 class Engine(Protocol):
@@ -52,13 +49,3 @@ class Engine(Protocol):
     def weight_version(self) -> str: ...
 
     def flush_cache(self) -> None: ...
-
-
-class TensorSource(Protocol):
-    """Trainer side: whole Hugging Face tensors, gathered collectively from TP shards, in a fixed order.
-
-    Every rank of a pipeline stage iterates; tensors are yielded on all its tensor-parallel ranks, in the
-    sync dtype.
-    """
-
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]: ...

@@ -23,10 +23,6 @@ class StepShare:
     micro_batches: list[list[PackedSequence]]
     idle: list[list[PackedSequence]]
     """Responses that the gradient does not see: their advantage is exactly 0. Only the metrics look at them."""
-    num_tokens: int
-    """Response tokens of the whole optimizer step, all ranks."""
-    num_sequences: int
-    """Responses of the whole optimizer step, all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,14 +68,11 @@ def deal(
         # A step whose gradient is zero is still a step: the optimizer's moments decay, the schedule moves on.
         kept_plan = _plan(kept, options) if kept else [[[]] * options.micro_batch_multiple] * options.dp_size
         idle_plan = _plan(idle, options) if idle else [[] for _ in range(options.dp_size)]
-        num_tokens = sum(len(sequence.response_ids) for sequence in sequences)
         for dp_rank in range(options.dp_size):
             shares[dp_rank].append(
                 StepShare(
                     micro_batches=kept_plan[dp_rank],
                     idle=idle_plan[dp_rank],
-                    num_tokens=num_tokens,
-                    num_sequences=len(sequences),
                 )
             )
     return shares

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_rlvr.advantage import compute_advantages
 from megatron_rlvr.config.schema import RunConfig
-from megatron_rlvr.metrics import Max, Mean, Metric, Sum, merge, values
+from megatron_rlvr.metrics import Max, Mean, Metric, merge, values
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.report.html_report import write_report
 from megatron_rlvr.report.live_view import LiveView
@@ -205,6 +205,3 @@ def record(
     write_report(run.run_dir)
     if run.view is not None:
         run.view.update(row)
-
-
-__all__ = ["RunSummary", "Sum", "train"]
