@@ -8,6 +8,7 @@ python=${PYTHON:-.venv/bin/python}
 runtime() { "${CXX:-g++}" -print-file-name="$1"; }
 
 export MEGATRON_RLVR_SANITIZE=1 MEGATRON_RLVR_CUDA=0
+mkdir -p build
 echo "==> building with ASan and UBSan"
 "$python" setup.py -q build --build-base build/sanitize >build/sanitize.log 2>&1 || { tail -n 40 build/sanitize.log; exit 1; }
 library=$(echo build/sanitize/lib.*)

@@ -24,16 +24,19 @@ void fill_with_garbage(std::vector<T>& shared) {
 
 extern "C" {
 
-// `sums` has kSums entries; options as in the schema of policy_loss, dual_clip NaN for none.
+// `sums` has kSums entries; options as in the schema of policy_loss, dual_clip NaN for none. `weight`, `importance` and
+// `loss` may be null.
 void emulated_policy_loss(const float* logprob, const float* old_logprob, const float* advantage, const bool* mask,
-                          const bool* selected, const float* sequence_logratio, int64_t num_tokens, int64_t loss_kind,
-                          double eps_low, double eps_high, double dual_clip, double clamp, double beta, int64_t kl,
-                          int64_t blocks, float* loss, float* slope, double* sums) {
+                          const bool* selected, const float* sequence_logratio, const float* weight,
+                          const float* importance, int64_t num_tokens, int64_t loss_kind, double eps_low,
+                          double eps_high, double dual_clip, double clamp, double beta, int64_t kl, int64_t blocks,
+                          float* loss, float* slope, double* sums) {
   const loss_ops::Settings<float> settings{
       static_cast<loss_ops::Loss>(loss_kind), static_cast<loss_ops::Kl>(kl), static_cast<float>(1.0 - eps_low),
       static_cast<float>(1.0 + eps_high),     static_cast<float>(clamp),     static_cast<float>(beta),
       static_cast<float>(dual_clip),          !std::isnan(dual_clip)};
-  const loss_ops::Inputs<float> in{logprob, old_logprob, advantage, mask, selected, sequence_logratio, num_tokens};
+  const loss_ops::Inputs<float> in{logprob,           old_logprob, advantage,  mask,      selected,
+                                   sequence_logratio, weight,      importance, num_tokens};
   std::vector<double> partial(blocks * loss_ops::kSums, NAN), shared(kThreads);
   device::launch(
       blocks, kThreads,

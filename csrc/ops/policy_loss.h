@@ -23,16 +23,18 @@ enum class Kl : int64_t { kAbs = 0, kK1 = 1, kK2 = 2, kK3 = 3 };
 // Columns of the sums over masked tokens, fp64 [kSums].
 enum Sum : int64_t {
   kTokens = 0,
-  kK3Sum,             // e^lr - 1 - lr
-  kRatioSum,          // r
-  kRatioMax,          // r, a maximum
-  kClippedHigh,       // the clip decides the loss and A > 0
-  kClippedLow,        // and A < 0
-  kDualClipped,       // the dual clip decides the loss
-  kSelected,          // selected tokens
-  kSelectedClipped,   // of these, ratio-clipped: wasted slots of Clip-Cov
-  kSelectedOnPolicy,  // of these, with log ratio 0: KL-Cov cannot act
-  kPenaltySum,        // KL-Cov's penalty
+  kK3Sum,                  // e^lr - 1 - lr
+  kRatioSum,               // r
+  kRatioMax,               // r, a maximum
+  kClippedHigh,            // the clip decides the loss and A > 0
+  kClippedLow,             // and A < 0
+  kDualClipped,            // the dual clip decides the loss
+  kSelected,               // selected tokens
+  kSelectedClipped,        // of these, ratio-clipped: wasted slots of Clip-Cov
+  kSelectedOnPolicy,       // of these, with log ratio 0: KL-Cov cannot act
+  kPenaltySum,             // KL-Cov's penalty
+  kMetricSums,             // so many are behind the metrics; the rest is the loss
+  kLossSum = kMetricSums,  // weight x importance x loss; the plain loss where the call has no weights
   kSums,
 };
 
@@ -57,6 +59,8 @@ struct Inputs {
   const bool* mask;
   const bool* selected;        // may be null
   const T* sequence_logratio;  // may be null
+  const T* weight;             // of aggregation; may be null
+  const T* importance;         // may be null
   int64_t num_tokens;
 };
 
@@ -179,9 +183,17 @@ MRLVR_HOST_DEVICE inline Outcome<T> evaluate(const Settings<T>& s, T logprob, T 
   return out;
 }
 
+// What a token's loss and slope are multiplied by.
 template <typename T>
-MRLVR_HOST_DEVICE inline void add_to_sums(double* sums, const Outcome<T>& out, bool selected) {
+MRLVR_HOST_DEVICE inline double scale_of(const Inputs<T>& in, int64_t t) {
+  const double weight = in.weight ? static_cast<double>(in.weight[t]) : 1.0;
+  return in.importance ? weight * static_cast<double>(in.importance[t]) : weight;
+}
+
+template <typename T>
+MRLVR_HOST_DEVICE inline void add_to_sums(double* sums, const Outcome<T>& out, bool selected, double scale) {
   sums[kTokens] += 1.0;
+  sums[kLossSum] += scale * static_cast<double>(out.loss);
   sums[kK3Sum] += static_cast<double>(out.k3);
   sums[kRatioSum] += static_cast<double>(out.ratio);
   if (static_cast<double>(out.ratio) > sums[kRatioMax]) sums[kRatioMax] = static_cast<double>(out.ratio);

@@ -20,6 +20,31 @@ struct Options {
   double beta;
 };
 
+// The tensors of one call.
+struct Tensors {
+  const at::Tensor& logprobs;
+  const at::Tensor& old_logprobs;
+  const at::Tensor& advantages;
+  const at::Tensor& mask;
+  std::optional<at::Tensor> selected;
+  std::optional<at::Tensor> sequence_logratio;
+  std::optional<at::Tensor> weights;
+  std::optional<at::Tensor> importance;
+};
+
+template <typename T>
+Inputs<T> inputs_of(const Tensors& in) {
+  return {in.logprobs.const_data_ptr<T>(),
+          in.old_logprobs.const_data_ptr<T>(),
+          in.advantages.const_data_ptr<T>(),
+          in.mask.const_data_ptr<bool>(),
+          in.selected ? in.selected->const_data_ptr<bool>() : nullptr,
+          in.sequence_logratio ? in.sequence_logratio->const_data_ptr<T>() : nullptr,
+          in.weights ? in.weights->const_data_ptr<T>() : nullptr,
+          in.importance ? in.importance->const_data_ptr<T>() : nullptr,
+          in.logprobs.size(0)};
+}
+
 template <typename T>
 Settings<T> settings_of(const Options& o) {
   return {static_cast<Loss>(o.loss),
@@ -41,9 +66,8 @@ inline void check_entries(const at::Tensor& tensor, const char* name, const at::
                     tensor.device());
 }
 
-inline void check_arguments(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
-                            const at::Tensor& mask, const std::optional<at::Tensor>& selected,
-                            const std::optional<at::Tensor>& sequence_logratio, const Options& options) {
+inline void check_arguments(const Tensors& in, const Options& options) {
+  const auto& [logprobs, old_logprobs, advantages, mask, selected, sequence_logratio, weights, importance] = in;
   const auto type = logprobs.scalar_type();
   TORCH_CHECK_VALUE(logprobs.dim() == 1, "logprobs_T must have 1 dimension, got shape ", logprobs.sizes());
   TORCH_CHECK_VALUE(type == at::kFloat || type == at::kDouble, "logprobs_T must have dtype float32 or float64, got ",
@@ -54,6 +78,8 @@ inline void check_arguments(const at::Tensor& logprobs, const at::Tensor& old_lo
   check_entries(mask, "mask_T", logprobs, at::kBool);
   if (selected) check_entries(*selected, "selected_T", logprobs, at::kBool);
   if (sequence_logratio) check_entries(*sequence_logratio, "sequence_logratio_T", logprobs, type);
+  if (weights) check_entries(*weights, "weights_T", logprobs, type);
+  if (importance) check_entries(*importance, "importance_T", logprobs, type);
   TORCH_CHECK_VALUE(options.loss >= 0 && options.loss <= static_cast<int64_t>(Loss::kCispo),
                     "loss must be in [0, 4], got ", options.loss);
   TORCH_CHECK_VALUE(options.kl >= 0 && options.kl <= static_cast<int64_t>(Kl::kK3), "kl must be in [0, 3], got ",

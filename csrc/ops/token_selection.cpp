@@ -52,10 +52,10 @@ at::Tensor to_tensor(const std::vector<int64_t>& values, const at::Tensor& like)
 }
 
 Candidates candidates_cpu(const at::Tensor& logprobs, const at::Tensor& advantages, const at::Tensor& mask,
-                          const std::optional<at::Tensor>& ratio_clipped, const at::Tensor& trajectory,
+                          const std::optional<at::Tensor>& excluded, const at::Tensor& trajectory,
                           const at::Tensor& position, int64_t method, double mean_logprob, double mean_advantage,
                           double lower, double upper, int64_t seed, int64_t step) {
-  check_candidates(logprobs, advantages, mask, ratio_clipped, trajectory, position, method);
+  check_candidates(logprobs, advantages, mask, excluded, trajectory, position, method);
   const Rule rule{static_cast<Method>(method),
                   mean_logprob,
                   mean_advantage,
@@ -64,10 +64,10 @@ Candidates candidates_cpu(const at::Tensor& logprobs, const at::Tensor& advantag
                   mix64(mix64(static_cast<uint64_t>(seed)) ^ static_cast<uint64_t>(step))};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return cpu::find_candidates<T>(
-        rule, logprobs.const_data_ptr<T>(), advantages.const_data_ptr<T>(), mask.const_data_ptr<bool>(),
-        ratio_clipped ? ratio_clipped->const_data_ptr<bool>() : nullptr, trajectory.const_data_ptr<int64_t>(),
-        position.const_data_ptr<int64_t>(), logprobs.size(0));
+    return cpu::find_candidates<T>(rule, logprobs.const_data_ptr<T>(), advantages.const_data_ptr<T>(),
+                                   mask.const_data_ptr<bool>(), excluded ? excluded->const_data_ptr<bool>() : nullptr,
+                                   trajectory.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(),
+                                   logprobs.size(0));
   };
   const cpu::Candidates found = logprobs.scalar_type() == at::kDouble ? run(0.0) : run(0.0f);
   return {to_tensor(found.index, logprobs), to_tensor(found.key, logprobs), to_tensor(found.id, logprobs)};
@@ -109,7 +109,7 @@ at::Tensor mark_cpu(const at::Tensor& index, const at::Tensor& key, const at::Te
 TORCH_LIBRARY_FRAGMENT(megatron_rlvr, m) {
   m.def("covariance_sums(Tensor logprobs, Tensor advantages, Tensor mask) -> Tensor");
   m.def(
-      "selection_candidates(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? ratio_clipped, Tensor trajectory, "
+      "selection_candidates(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? excluded, Tensor trajectory, "
       "Tensor position, int method, float mean_logprob, float mean_advantage, float lower, float upper, int seed, "
       "int step) -> (Tensor, Tensor, Tensor)");
   m.def(

@@ -91,15 +91,15 @@ MRLVR_HOST_DEVICE inline float covariance(const Rule& rule, double logprob, doub
 }
 
 // Whether a masked token is a candidate; if so its key.
-MRLVR_HOST_DEVICE inline bool candidate_key(const Rule& rule, double logprob, double advantage, bool ratio_clipped,
+MRLVR_HOST_DEVICE inline bool candidate_key(const Rule& rule, double logprob, double advantage, bool excluded,
                                             uint64_t id, uint64_t* key) {
   const float cov = covariance(rule, logprob, advantage);
   if (rule.method == Method::kKlCov) {
     *key = descending_key(cov);
-    return true;
+    return !excluded;
   }
   *key = mix64(id ^ rule.stream);
-  return !ratio_clipped && static_cast<double>(cov) > rule.lower && static_cast<double>(cov) < rule.upper;
+  return !excluded && static_cast<double>(cov) > rule.lower && static_cast<double>(cov) < rule.upper;
 }
 
 constexpr int64_t kMaxDigitBits = 12;  // a histogram fits into shared memory

@@ -29,10 +29,10 @@ inline void check_tokens(const at::Tensor& logprobs, const at::Tensor& advantage
 }
 
 inline void check_candidates(const at::Tensor& logprobs, const at::Tensor& advantages, const at::Tensor& mask,
-                             const std::optional<at::Tensor>& ratio_clipped, const at::Tensor& trajectory,
+                             const std::optional<at::Tensor>& excluded, const at::Tensor& trajectory,
                              const at::Tensor& position, int64_t method) {
   check_tokens(logprobs, advantages, mask);
-  if (ratio_clipped) check_entries(*ratio_clipped, "ratio_clipped_T", logprobs, at::kBool);
+  if (excluded) check_entries(*excluded, "excluded_T", logprobs, at::kBool);
   check_entries(trajectory, "trajectory_T", logprobs, at::kLong);
   check_entries(position, "position_T", logprobs, at::kLong);
   TORCH_CHECK_VALUE(method == 0 || method == 1, "method must be 0 (clip_cov) or 1 (kl_cov), got ", method);

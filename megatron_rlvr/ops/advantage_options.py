@@ -33,8 +33,8 @@ ESTIMATOR_NAMES = tuple(OPTIONS_OF)
 class AdvantageOptions:
     """Complete and checked options; those an estimator does not have keep their default and are not read."""
 
-    K: Fraction | None = Fraction(2, 5)
-    """Quantile level in (0, 1)."""
+    K: Fraction | tuple[Fraction, ...] | None = Fraction(2, 5)
+    """Quantile level in (0, 1), or one for each group."""
     quantile: str = "inf"
     """inf or linear."""
     std: str = "sample"
@@ -57,8 +57,15 @@ class AdvantageOptions:
     valid_N: np.ndarray | None = None
     """bool [N]; invalid responses get 0 and count nowhere."""
 
+    def level_of_groups(self, num_groups: int) -> tuple[Fraction, ...]:
+        """K of every group."""
+        assert self.K is not None, "the face parses K"
+        return self.K if isinstance(self.K, tuple) else (self.K,) * num_groups
 
-def parse_advantage_options(estimator: str, options: Mapping[str, Any], *, rewards_N: np.ndarray) -> AdvantageOptions:
+
+def parse_advantage_options(
+    estimator: str, options: Mapping[str, Any], *, rewards_N: np.ndarray, num_groups: int
+) -> AdvantageOptions:
     """Checks the options of one call.
 
     Raises:
@@ -74,7 +81,7 @@ def parse_advantage_options(estimator: str, options: Mapping[str, Any], *, rewar
         if name.endswith("_N"):
             setattr(parsed, name, _array(value, name=name, size=size))
     if "K" in options:
-        parsed.K = parse_quantile_level(options["K"])
+        parsed.K = _parse_levels(options["K"], num_groups)
     if "quantile" in options:
         parsed.quantile = check_choice(options["quantile"], name="quantile", choices=("inf", "linear"))
     if "std" in options:
@@ -89,6 +96,14 @@ def parse_advantage_options(estimator: str, options: Mapping[str, Any], *, rewar
     if estimator == "qae":
         _parse_qae(parsed, options, rewards_N)
     return parsed
+
+
+def _parse_levels(level: Any, num_groups: int) -> Fraction | tuple[Fraction, ...]:
+    if not isinstance(level, list | tuple):
+        return parse_quantile_level(level)
+    if len(level) != num_groups:
+        raise ValueError(f"K must have one level, or one for each of the {num_groups} groups, got {len(level)}")
+    return tuple(parse_quantile_level(one) for one in level)
 
 
 def _parse_qae(parsed: AdvantageOptions, options: Mapping[str, Any], rewards_N: np.ndarray) -> None:

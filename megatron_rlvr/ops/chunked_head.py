@@ -17,6 +17,7 @@ def chunked_logprob_entropy(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk_bytes: int = 256 << 20,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`vocab_parallel_logprob_entropy` of hidden_TD @ weight_VD^T, without [T, V] ever existing.
 
@@ -31,6 +32,7 @@ def chunked_logprob_entropy(
         temperature: divides the logits after the upcast to fp32.
         group: process group of the vocabulary shards, in rank order; None for an unsharded vocabulary.
         chunk_bytes: memory for logits at a time; at least one token's are always computed.
+        vocab_size: real columns of the whole vocabulary; later ones are padding and take no part. None: all are real.
 
     Returns:
         log-probs and entropies in nats, fp32 [T] (fp64 for fp64 hidden states), differentiable in hidden_TD and
@@ -50,5 +52,25 @@ def chunked_logprob_entropy(
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be a positive integer, got {chunk_bytes!r}")
     return implementation("chunked_logprob_entropy")(
-        hidden_TD, weight_VD, targets_T, temperature=temperature, group=group, chunk_bytes=chunk_bytes
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        temperature=temperature,
+        group=group,
+        chunk_bytes=chunk_bytes,
+        num_real=real_columns(weight_VD.shape[0], vocab_size=vocab_size, group=group),
     )
+
+
+def real_columns(width: int, *, vocab_size: int | None, group: dist.ProcessGroup | None) -> int:
+    """Columns of this rank's shard of ``width`` that are not padding, where all shards are equally wide.
+
+    Raises:
+        ValueError: vocab_size is not within the shards.
+    """
+    if vocab_size is None:
+        return width
+    rank, ranks = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 0 < vocab_size <= ranks * width:
+        raise ValueError(f"vocab_size must be an integer in (0, {ranks * width}], got {vocab_size!r}")
+    return min(max(vocab_size - rank * width, 0), width)

@@ -94,7 +94,8 @@ def group_advantages(
         group_sizes: responses of each group, or one number for equal groups.
         estimator: qae, grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, psr, nsr, w_reinforce, gpg, opo.
         **options: for all: ``valid_N`` (bool; invalid responses get 0 and count nowhere).
-            qae: ``K`` (in (0, 1), string or number, default "0.4"), ``quantile`` (inf | linear), ``std``
+            qae: ``K`` (in (0, 1), string or number, or one for each group; default "0.4"), ``quantile`` (inf |
+            linear), ``std``
             (sample | population | none), ``eps`` (1e-6), ``mask`` (qae | pos_mask | neg_mask | none), ``gate_on``
             (correctness | reward; correctness if ``correctness_N`` is given), ``correctness_N`` (0 or 1),
             ``penalty_N`` (<= 0 on the +-1 scale), ``penalty_additive`` (true).
@@ -122,7 +123,7 @@ def group_advantages(
     if not np.isfinite(rewards).all():
         raise ValueError(f"rewards_N must be finite, got {rewards[~np.isfinite(rewards)][0]}")
     sizes = _group_sizes(group_sizes, num_responses=len(rewards))
-    parsed = parse_advantage_options(estimator, options, rewards_N=rewards)
+    parsed = parse_advantage_options(estimator, options, rewards_N=rewards, num_groups=len(sizes))
     advantages = implementation("group_advantages")(rewards, sizes, estimator=estimator, options=parsed)
     return torch.as_tensor(advantages, dtype=torch.float32 if single else torch.float64, device=device)
 
@@ -161,6 +162,7 @@ def select_tokens(
     lower: float = 1.0,
     upper: float = 5.0,
     ratio_clipped_T: torch.Tensor | None = None,
+    excluded_T: torch.Tensor | None = None,
     trajectory_T: torch.Tensor,
     position_T: torch.Tensor,
     seed: int = 0,
@@ -182,6 +184,7 @@ def select_tokens(
         ratio: share of the tokens in (0, 1]; a string or Fraction is exact, a float counts as its shortest decimal.
         lower, upper: clip_cov's exclusive bounds of Cov.
         ratio_clipped_T: bool [T] from `ratio_clipped`, clip_cov only.
+        excluded_T: bool [T] further tokens that are never selected, though they count in N and in the means.
         trajectory_T: int [T] index of the response in the optimizer step, unique over the group, below 2**31.
         position_T: int [T] index of the token in its response; (trajectory, position) is unique where masked.
         seed, step: 64-bit numbers of clip_cov's draw; kl_cov draws nothing.
@@ -208,9 +211,12 @@ def select_tokens(
             raise ValueError(f"{name} must be in [0, 2**31) on masked tokens, got {low if low < 0 else high}")
     if method == "kl_cov" and (ratio_clipped_T is not None or (lower, upper) != (1.0, 5.0)):
         raise ValueError("lower, upper and ratio_clipped_T have no effect with method='kl_cov'")
+    for name, marks in {"ratio_clipped_T": ratio_clipped_T, "excluded_T": excluded_T}.items():
+        if marks is not None:
+            check_tensor(marks, name=name, dims=1, dtypes=MASK_DTYPES)
+            check_same_length(logprobs_T.shape[0], **{name: marks})
     if ratio_clipped_T is not None:
-        check_tensor(ratio_clipped_T, name="ratio_clipped_T", dims=1, dtypes=MASK_DTYPES)
-        check_same_length(logprobs_T.shape[0], ratio_clipped_T=ratio_clipped_T)
+        excluded_T = ratio_clipped_T if excluded_T is None else ratio_clipped_T | excluded_T
     return implementation("select_tokens")(
         logprobs_T,
         advantages_T,
@@ -219,7 +225,7 @@ def select_tokens(
         ratio=exact_ratio,
         lower=float(lower),
         upper=float(upper),
-        ratio_clipped_T=ratio_clipped_T,
+        excluded_T=excluded_T,
         trajectory_T=trajectory_T,
         position_T=position_T,
         seed=check_unsigned(seed, name="seed"),
@@ -268,16 +274,62 @@ def policy_loss(
     """
     parsed = parse_loss_options(loss, options)
     _check_tokens(logprobs_T, mask_T, old_logprobs_T=old_logprobs_T, advantages_T=advantages_T)
-    _check_needed(selected_T, name="selected_T", loss=loss, users=COVARIANCE_LOSSES, dtypes=MASK_DTYPES)
-    _check_needed(trajectory_T, name="trajectory_T", loss=loss, users=("gspo",), dtypes=INTEGER_DTYPES)
-    for name, tensor in {"selected_T": selected_T, "trajectory_T": trajectory_T}.items():
-        if tensor is not None:
-            check_same_length(logprobs_T.shape[0], **{name: tensor})
+    _check_chosen(logprobs_T, loss, selected_T=selected_T, trajectory_T=trajectory_T)
     return implementation("policy_loss")(
         logprobs_T,
         old_logprobs_T,
         advantages_T,
         mask_T,
+        loss=loss,
+        selected_T=selected_T,
+        trajectory_T=trajectory_T,
+        options=parsed,
+    )
+
+
+def aggregated_policy_loss(
+    logprobs_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    *,
+    weights_T: torch.Tensor,
+    importance_T: torch.Tensor | None = None,
+    loss: str,
+    selected_T: torch.Tensor | None = None,
+    trajectory_T: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """`policy_loss` summed over tokens with their weights, in one pass that writes no per-token loss.
+
+    The sum over masked tokens of weight x importance x loss is taken in fp64 in a fixed order; weights and importance
+    are constants to autograd. With denominators inside the weights, sums over micro-batches and ranks add up to the
+    loss of the whole optimizer step.
+
+    Args:
+        weights_T: fp32 or fp64 [T] aggregation weights, as `megatron_rlvr.loss.token_weights` makes them.
+        importance_T: fp32 or fp64 [T] importance weights, 0 for rejected tokens; None for 1 throughout.
+        Others: see `policy_loss`.
+
+    Returns:
+        The loss, a scalar of fp64, differentiable in ``logprobs_T``; metrics of the unweighted tokens.
+
+    Raises:
+        TypeError, ValueError: see `policy_loss`.
+    """
+    parsed = parse_loss_options(loss, options)
+    values = {"old_logprobs_T": old_logprobs_T, "advantages_T": advantages_T, "weights_T": weights_T}
+    if importance_T is not None:
+        values["importance_T"] = importance_T
+    _check_tokens(logprobs_T, mask_T, **values)
+    _check_chosen(logprobs_T, loss, selected_T=selected_T, trajectory_T=trajectory_T)
+    return implementation("aggregated_policy_loss")(
+        logprobs_T,
+        old_logprobs_T,
+        advantages_T,
+        mask_T,
+        weights_T=weights_T,
+        importance_T=importance_T,
         loss=loss,
         selected_T=selected_T,
         trajectory_T=trajectory_T,
@@ -328,6 +380,16 @@ def _check_tokens(logprobs_T: torch.Tensor, mask_T: torch.Tensor, **values: torc
         check_tensor(tensor, name=name, dims=1, dtypes=FLOAT_DTYPES)
     check_tensor(mask_T, name="mask_T", dims=1, dtypes=MASK_DTYPES)
     check_same_length(logprobs_T.shape[0], mask_T=mask_T, **values)
+
+
+def _check_chosen(
+    logprobs_T: torch.Tensor, loss: str, *, selected_T: torch.Tensor | None, trajectory_T: torch.Tensor | None
+) -> None:
+    _check_needed(selected_T, name="selected_T", loss=loss, users=COVARIANCE_LOSSES, dtypes=MASK_DTYPES)
+    _check_needed(trajectory_T, name="trajectory_T", loss=loss, users=("gspo",), dtypes=INTEGER_DTYPES)
+    for name, tensor in {"selected_T": selected_T, "trajectory_T": trajectory_T}.items():
+        if tensor is not None:
+            check_same_length(logprobs_T.shape[0], **{name: tensor})
 
 
 def _check_needed(

@@ -27,9 +27,11 @@ def chunked_logprob_entropy(
     temperature: float,
     group: dist.ProcessGroup | None,
     chunk_bytes: int,
+    num_real: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `megatron_rlvr.ops.chunked_logprob_entropy`."""
-    return _ChunkedHead.apply(hidden_TD, weight_VD, targets_T.long().contiguous(), temperature, group, chunk_bytes)
+    targets_T = targets_T.long().contiguous()
+    return _ChunkedHead.apply(hidden_TD, weight_VD, targets_T, temperature, group, chunk_bytes, num_real)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -42,13 +44,14 @@ class _ChunkedHead(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup | None,
         chunk_bytes: int,
+        num_real: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = weight_VD.shape[0]
 
         def statistics(first_column: int) -> torch.Tensor:
             chunks = [
                 _ops.vocab_logprob_statistics(logits_CV, targets_T[tokens], None, temperature, first_column, width)
-                for tokens, logits_CV in _logits_chunks(hidden_TD, weight_VD, chunk_bytes)
+                for tokens, logits_CV in _logits_chunks(hidden_TD, weight_VD, chunk_bytes, num_real)
             ]
             return torch.cat(chunks) if chunks else hidden_TD.new_empty(0, 4, dtype=torch.float64)
 
@@ -62,7 +65,7 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shard = (temperature, first_column, width)
         ctx.group = group
-        ctx.chunk_bytes = chunk_bytes
+        ctx.chunks = (chunk_bytes, num_real)
         return logprobs_T, entropy_T
 
     @staticmethod
@@ -74,7 +77,7 @@ class _ChunkedHead(torch.autograd.Function):
         # The sum over chunks is kept in fp32, or its rounding would grow with their number.
         sums = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=sums) if need_weight else None
-        for tokens, logits_CV in _logits_chunks(hidden_TD, weight_VD, ctx.chunk_bytes):
+        for tokens, logits_CV in _logits_chunks(hidden_TD, weight_VD, *ctx.chunks):
             upstream = [None if g is None else g[tokens] for g in (grad_logprobs_T, grad_entropy_T)]
             _ops.vocab_logprob_gradient_(logits_CV, targets_T[tokens], saved_T3[tokens], *upstream, *ctx.shard)
             if grad_hidden_TD is not None:
@@ -85,13 +88,16 @@ class _ChunkedHead(torch.autograd.Function):
             dist.all_reduce(grad_hidden_TD, group=ctx.group)
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        return grad_hidden_TD, grad_weight_VD, None, None, None, None
+        return grad_hidden_TD, grad_weight_VD, None, None, None, None, None
 
 
 def _logits_chunks(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, chunk_bytes: int
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, chunk_bytes: int, num_real: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of the tokens with their logits [C, V], all in one buffer of at most ``chunk_bytes`` (or one token)."""
+    """Slices of the tokens with their logits [C, V], all in one buffer of at most ``chunk_bytes`` (or one token).
+
+    Columns from ``num_real`` on are padding: -inf, so that their probability and gradient are exactly 0.
+    """
     num_tokens, width = hidden_TD.shape[0], weight_VD.shape[0]
     chunk = max(1, min(num_tokens, chunk_bytes // max(1, width * hidden_TD.element_size())))
     buffer_CV = hidden_TD.new_empty(chunk, width)
@@ -99,4 +105,5 @@ def _logits_chunks(
         tokens = slice(start, min(start + chunk, num_tokens))
         logits_CV = buffer_CV[: tokens.stop - start]
         torch.mm(hidden_TD[tokens], weight_VD.t(), out=logits_CV)
+        logits_CV[:, num_real:].fill_(-torch.inf)
         yield tokens, logits_CV

@@ -78,8 +78,10 @@ def _levels(
         counts = np.concatenate([[0], np.cumsum(valid_N)])
         borders = np.concatenate([[0], np.cumsum(sizes_P)])
         sizes_P = counts[borders[1:]] - counts[borders[:-1]]
-    by_size = {int(size): _level(options.K, int(size), options.quantile) for size in set(sizes_P.tolist())}
-    levels = [by_size[size] for size in sizes_P.tolist()]
+    level_P = options.level_of_groups(len(sizes_P))
+    cases = list(zip(level_P, sizes_P.tolist(), strict=True))
+    found = {case: _level(*case, options.quantile) for case in set(cases)}
+    levels = [found[case] for case in cases]
     rank_P, below_P, fraction_P = zip(*levels, strict=True) if levels else ((), (), ())
     return np.array(rank_P, np.int64), np.array(below_P, np.int64), np.array(fraction_P, np.float64)
 
@@ -144,7 +146,7 @@ def select_tokens(
     ratio: Fraction,
     lower: float,
     upper: float,
-    ratio_clipped_T: torch.Tensor | None,
+    excluded_T: torch.Tensor | None,
     trajectory_T: torch.Tensor,
     position_T: torch.Tensor,
     seed: int,
@@ -162,7 +164,7 @@ def select_tokens(
         logprobs_T,
         advantages_T,
         mask_T,
-        None if ratio_clipped_T is None else ratio_clipped_T.contiguous(),
+        None if excluded_T is None else excluded_T.contiguous(),
         trajectory_T.long().contiguous(),
         position_T.long().contiguous(),
         METHODS.index(method),
@@ -249,30 +251,74 @@ def policy_loss(
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     """See `megatron_rlvr.ops.policy_loss`: loss, derivative and metrics in one pass."""
-    inputs = (
+    tokens = _loss_tokens(logprobs_T, old_logprobs_T, advantages_T, mask_T)
+    chosen = _chosen(tokens, selected_T, trajectory_T)
+    loss_T, _, sums = _ops.policy_loss(*tokens, *chosen, *_loss_numbers(loss, options))
+    return loss_T, _metrics(loss, sums.tolist(), dual_clip=options.get("dual_clip") is not None)
+
+
+@register("aggregated_policy_loss", backend="native")
+def aggregated_policy_loss(
+    logprobs_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    *,
+    weights_T: torch.Tensor,
+    importance_T: torch.Tensor | None,
+    loss: str,
+    selected_T: torch.Tensor | None,
+    trajectory_T: torch.Tensor | None,
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """See `megatron_rlvr.ops.aggregated_policy_loss`: loss, derivative and metrics in one pass."""
+    tokens = _loss_tokens(logprobs_T, old_logprobs_T, advantages_T, mask_T)
+    total, _, sums = _ops.aggregated_policy_loss(
+        *tokens,
+        _constant(weights_T, logprobs_T.dtype),
+        None if importance_T is None else _constant(importance_T, logprobs_T.dtype),
+        *_chosen(tokens, selected_T, trajectory_T),
+        *_loss_numbers(loss, options),
+    )
+    return total, _metrics(loss, sums.tolist(), dual_clip=options.get("dual_clip") is not None)
+
+
+LossTokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _loss_tokens(
+    logprobs_T: torch.Tensor, old_logprobs_T: torch.Tensor, advantages_T: torch.Tensor, mask_T: torch.Tensor
+) -> LossTokens:
+    dtype = logprobs_T.dtype
+    return (
         logprobs_T.contiguous(),
-        old_logprobs_T.detach().to(logprobs_T.dtype).contiguous(),
-        advantages_T.detach().to(logprobs_T.dtype).contiguous(),
+        _constant(old_logprobs_T, dtype),
+        _constant(advantages_T, dtype),
         mask_T.contiguous(),
     )
+
+
+def _constant(values_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return values_T.detach().to(dtype).contiguous()
+
+
+def _chosen(
+    tokens: LossTokens, selected_T: torch.Tensor | None, trajectory_T: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Selected tokens, and GSPO's mean log ratio of each token's sequence."""
+    selected_T = None if selected_T is None else selected_T.contiguous()
+    if trajectory_T is None:
+        return selected_T, None
+    logprobs_T, old_logprobs_T, _, mask_T = tokens
+    sequence_T = _ops.sequence_logratio(logprobs_T.detach(), old_logprobs_T, mask_T, trajectory_T.long().contiguous())
+    return selected_T, sequence_T
+
+
+def _loss_numbers(loss: str, options: dict[str, Any]) -> tuple[Any, ...]:
+    """The scalars at the end of both schemas."""
     complete = UNUSED_OPTIONS | options
-    sequence_T = None
-    if trajectory_T is not None:
-        trajectory_T = trajectory_T.long().contiguous()
-        sequence_T = _ops.sequence_logratio(inputs[0].detach(), inputs[1], inputs[3], trajectory_T)
-    loss_T, _, sums = _ops.policy_loss(
-        *inputs,
-        None if selected_T is None else selected_T.contiguous(),
-        sequence_T,
-        LOSSES.index(loss),
-        complete["eps_low"],
-        complete["eps_high"],
-        complete["dual_clip"],
-        complete["logratio_clamp"],
-        complete["beta"],
-        KL_KINDS.index(complete["kl"]),
-    )
-    return loss_T, _metrics(loss, sums.tolist(), dual_clip=complete["dual_clip"] is not None)
+    names = ("eps_low", "eps_high", "dual_clip", "logratio_clamp", "beta")
+    return LOSSES.index(loss), *(complete[name] for name in names), KL_KINDS.index(complete["kl"])
 
 
 @register("ratio_clipped", backend="native")
@@ -331,6 +377,7 @@ def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> None:
 
 def _keep_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, slope_T, sums = output
+    ctx.num_arguments = len(inputs)
     ctx.mark_non_differentiable(slope_T, sums)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(slope_T)
@@ -339,7 +386,10 @@ def _keep_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, .
 @once_differentiable
 def _logprob_gradient(ctx: Any, grad_loss_T: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
     (slope_T,) = ctx.saved_tensors
-    return (None if grad_loss_T is None else grad_loss_T * slope_T, *[None] * 12)
+    # The aggregated loss is fp64 of fp32 tokens.
+    grad_T = None if grad_loss_T is None else grad_loss_T.to(slope_T.dtype) * slope_T
+    return (grad_T, *[None] * (ctx.num_arguments - 1))
 
 
-torch.library.register_autograd("megatron_rlvr::policy_loss", _logprob_gradient, setup_context=_keep_slope)
+for _name in ("policy_loss", "aggregated_policy_loss"):
+    torch.library.register_autograd(f"megatron_rlvr::{_name}", _logprob_gradient, setup_context=_keep_slope)

@@ -3,16 +3,26 @@
 Run as a script, this file is one rank; the tests start the ranks and compare what they wrote.
 """
 
-import os
-import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rlvr.ops import select_tokens, set_backend, token_covariance, vocab_parallel_logprob_entropy
+from megatron_rlvr.config.schema import ClipCovConfig, KlCovConfig, LossConfig
+from megatron_rlvr.ops import (
+    select_tokens,
+    set_backend,
+    token_covariance,
+    top_shares,
+    vocab_parallel_logprob_entropy,
+)
+from megatron_rlvr.ops.backend import BACKENDS
+from megatron_rlvr.trainer.update.selection import TokenSelector
+from megatron_rlvr.types import MicroBatch
+from tests.distributed.ranks import run_ranks
 
 WORLD_SIZES = (1, 2, 4)
 SELECTIONS = {
@@ -23,6 +33,19 @@ SELECTIONS = {
     "clip_cov_scarce": {"method": "clip_cov", "ratio": "0.9", "lower": 0.9, "upper": 1.1, "seed": 5, "step": 9},
     "clip_cov_one": {"method": "clip_cov", "ratio": "1e-6", "lower": 0.0, "upper": 5.0},
 }
+# The trainer's own choice, sized or bounded by the covariance of all ranks; some tokens have advantage 0.
+SCALE_FREE = {
+    "share of the mass": LossConfig(name="kl_cov", cov_mass=0.37, kl_cov=KlCovConfig(ratio="1")),
+    "without zero advantages": LossConfig(
+        name="kl_cov", cov_mass=0.9, kl_cov=KlCovConfig(ratio="0.05", skip_zero_advantage=True)
+    ),
+    "relative bounds": LossConfig(
+        name="clip_cov",
+        cov_mass=0.5,
+        clip_cov=ClipCovConfig(ratio="0.3", lower=0.5, upper=3.0, relative_bounds=True),
+    ),
+}
+TOP_SHARES = [Fraction(1, 2), Fraction(1, 50), Fraction(1, 5000)]
 LAYOUTS = ("round_robin", "blocks", "all_on_last")
 VOCAB = 24
 NUM_TOKENS = 9
@@ -72,6 +95,27 @@ def vocabulary_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logits, targets, torch.randn(2, NUM_TOKENS, dtype=torch.float64, generator=generator)
 
 
+def micro_of(batch: dict[str, torch.Tensor]) -> MicroBatch:
+    """Of the fields, those that a selection reads have values."""
+    empty = torch.zeros_like(batch["logprobs_T"])
+    return MicroBatch(
+        tokens_T=torch.zeros_like(batch["trajectory_T"]),
+        position_ids_T=batch["position_T"],
+        cu_seqlens=torch.zeros(1, dtype=torch.int32),
+        max_seqlen=0,
+        sources=[],
+        regimes=[],
+        targets_T=torch.zeros_like(batch["trajectory_T"]),
+        loss_mask_T=batch["mask_T"],
+        advantages_T=batch["advantages_T"],
+        weights_T=empty,
+        rollout_logprobs_T=empty,
+        trajectory_T=batch["trajectory_T"],
+        response_position_T=batch["position_T"],
+        old_logprobs_T=batch["logprobs_T"],
+    )
+
+
 def run_selections(rank: int, world_size: int) -> dict[str, object]:
     results: dict[str, object] = {}
     for layout in LAYOUTS:
@@ -82,6 +126,10 @@ def run_selections(rank: int, world_size: int) -> dict[str, object]:
             extra = {"ratio_clipped_T": clipped} if options["method"] == "clip_cov" else {}
             selected = select_tokens(**batch, **options, **extra, group=dist.group.WORLD)
             results[f"{layout}/{name}"] = sorted(mine[selected].tolist())
+        for name, loss in SCALE_FREE.items():
+            selector = TokenSelector(loss, seed=5, group=dist.group.WORLD)
+            [selected] = selector.choose([micro_of(batch)], step=9, everywhere=True)
+            results[f"{layout}/{name}"] = sorted(mine[selected].tolist())
         covariance = token_covariance(
             batch["logprobs_T"], batch["advantages_T"], batch["mask_T"], group=dist.group.WORLD
         )
@@ -91,6 +139,9 @@ def run_selections(rank: int, world_size: int) -> dict[str, object]:
             covariance.mean_advantage.hex(),
             covariance.mean.hex(),
         ]
+        masked = covariance.cov_T[batch["mask_T"]]
+        tops = top_shares(masked, TOP_SHARES, group=dist.group.WORLD)
+        results[f"{layout}/tops"] = [(top.count, top.threshold, round(top.mean, 10)) for top in tops]
     bad = {name: values.clone() for name, values in batch.items()}
     if rank == world_size - 1:
         bad["logprobs_T"][:] = torch.nan
@@ -132,51 +183,42 @@ def message_of(call) -> str:
 
 
 def main() -> None:
-    rank, world_size, backend, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    set_backend(backend)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous_{world_size}", rank=rank, world_size=world_size
-    )
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    results = {}
     try:
-        results = {"selection": run_selections(rank, world_size), "vocabulary": run_vocabulary(rank, world_size)}
+        for backend in BACKENDS:
+            set_backend(backend)
+            results[backend] = {
+                "selection": run_selections(rank, world_size),
+                "vocabulary": run_vocabulary(rank, world_size),
+            }
     finally:
         dist.destroy_process_group()
     torch.save(results, folder / f"{world_size}_{rank}.pt")
 
 
-@pytest.fixture(scope="module", params=["reference", "native"])
-def results(request, tmp_path_factory):
-    """What every rank of every world wrote: results[world_size][rank]."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What every rank of every world wrote: written[world_size][rank][backend]."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    found = {}
     for world_size in WORLD_SIZES:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(world_size), request.param, str(folder)],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            for process in processes:
-                _, errors = process.communicate(timeout=300)
-                assert process.returncode == 0, errors
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-        found[world_size] = [
-            torch.load(folder / f"{world_size}_{rank}.pt", weights_only=False) for rank in range(world_size)
-        ]
-    return found
+        run_ranks(Path(__file__), [str(folder)], world_size=world_size)
+    return {
+        size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=False) for rank in range(size)]
+        for size in WORLD_SIZES
+    }
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.fixture(params=BACKENDS)
+def results(request, written):
+    """Of one backend: results[world_size][rank]."""
+    return {size: [rank[request.param] for rank in ranks] for size, ranks in written.items()}
+
+
+@pytest.mark.parametrize("name", [*SELECTIONS, *SCALE_FREE])
 def test_selected_sets_do_not_depend_on_the_layout(results, name):
     sets = {
         (world_size, layout): sorted(index for rank in ranks for index in rank["selection"][f"{layout}/{name}"])
@@ -186,6 +228,19 @@ def test_selected_sets_do_not_depend_on_the_layout(results, name):
     expected = sets[1, "blocks"]
     assert expected
     assert all(chosen == expected for chosen in sets.values())
+
+
+def test_top_shares_do_not_depend_on_the_layout(results):
+    batch = token_batch()
+    covariance = token_covariance(batch["logprobs_T"], batch["advantages_T"], batch["mask_T"])
+    values = covariance.cov_T[batch["mask_T"]].float().double().sort(descending=True).values
+    expected = []
+    for share in TOP_SHARES:
+        count = max(1, int(share * len(values)))
+        expected.append((count, float(values[count - 1]), round(float(values[:count].mean()), 10)))
+    for ranks in results.values():
+        for rank in ranks:
+            assert all(rank["selection"][f"{layout}/tops"] == expected for layout in LAYOUTS)
 
 
 def test_selection_agrees_with_brute_force(results):

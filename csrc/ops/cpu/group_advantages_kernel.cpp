@@ -2,16 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 namespace megatron_rlvr::group_advantages::cpu {
 
 namespace {
-
-constexpr double kWhiteningEps = 1e-8;
-
-bool is_valid(const Inputs& in, int64_t i) {
-  return !in.valid || in.valid[i];
-}
 
 // (x - mean) / sqrt(unbiased variance + 1e-8) over the tokens of all valid responses (E4).
 void whiten(const Inputs& in, double* values) {
@@ -53,34 +48,20 @@ void scale_by_nonzero(const Inputs& in, double* values) {
 
 }  // namespace
 
-bool estimate(const Settings& settings, const Inputs& in, double* advantages) {
-  std::fill(advantages, advantages + in.num_responses, 0.0);
-  Group group;
-  std::vector<int64_t> member;
-  std::vector<double> out;
+Outcome estimate(const Settings& settings, const Inputs& in, double* advantages) {
+  std::vector<double> scratch;
   int64_t start = 0;
   for (int64_t g = 0; g < in.num_groups; start += in.group_size[g], ++g) {
-    member.clear();
-    for (auto* column : {&group.reward, &group.gate, &group.penalty, &group.length}) column->clear();
-    for (int64_t i = start; i < start + in.group_size[g]; ++i) {
-      if (!is_valid(in, i)) continue;
-      member.push_back(i);
-      group.reward.push_back(in.reward[i]);
-      group.gate.push_back(in.correctness ? in.correctness[i] : in.reward[i]);
-      if (in.penalty) group.penalty.push_back(in.penalty[i]);
-      if (in.length) group.length.push_back(static_cast<double>(in.length[i]));
-    }
-    out.assign(member.size(), 0.0);
-    const Level level{in.rank[g], in.below[g], in.fraction[g]};
-    if (!advantages_of(group, settings, level, in.penalty && in.penalty_additive, out)) return false;
-    for (size_t i = 0; i < member.size(); ++i) advantages[member[i]] = out[i];
+    scratch.resize(kScratchColumns * in.group_size[g]);
+    const Outcome outcome = estimate_group(settings, in, g, start, scratch.data(), advantages);
+    if (outcome != Outcome::kDone) return outcome;
   }
   if (settings.estimator == Estimator::kReinforcePp || settings.estimator == Estimator::kReinforcePpBaseline) {
     whiten(in, advantages);
   } else if (settings.estimator == Estimator::kGpg) {
     scale_by_nonzero(in, advantages);
   }
-  return true;
+  return Outcome::kDone;
 }
 
 }  // namespace megatron_rlvr::group_advantages::cpu

@@ -26,16 +26,18 @@ void evaluate_tokens(const Settings<T>& settings, const Inputs<T>& in, T* loss, 
       const int64_t end = std::min(in.num_tokens, (block + 1) * kBlock);
       for (int64_t t = block * kBlock; t < end; ++t) {
         if (!in.mask[t]) {
-          loss[t] = slope[t] = 0;
+          if (loss) loss[t] = 0;
+          slope[t] = 0;
           continue;
         }
         const bool selected = in.selected && in.selected[t];
         const T sequence = in.sequence_logratio ? in.sequence_logratio[t] : T(0);
         const Outcome<T> out =
             evaluate(settings, in.logprob[t], in.old_logprob[t], in.advantage[t], selected, sequence);
-        loss[t] = out.loss;
-        slope[t] = out.slope;
-        add_to_sums(block_sums.data(), out, selected);
+        const double scale = scale_of(in, t);
+        if (loss) loss[t] = out.loss;
+        slope[t] = static_cast<T>(scale * static_cast<double>(out.slope));
+        add_to_sums(block_sums.data(), out, selected, scale);
       }
       partial[block] = block_sums;
     }

@@ -7,7 +7,8 @@
 
 namespace megatron_rlvr::policy_loss::cpu {
 
-// Writes loss and slope of every token (0 outside the mask) and the kSums sums.
+// Writes loss (where not null) and slope of every token (0 outside the mask) and the kSums sums. The slope carries the
+// token's weight and importance, the loss does not.
 template <typename T>
 void evaluate_tokens(const Settings<T>& settings, const Inputs<T>& in, T* loss, T* slope, double* sums);
 

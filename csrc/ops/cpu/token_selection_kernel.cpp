@@ -55,7 +55,7 @@ void exact_sums(const T* logprob, const T* advantage, const bool* mask, int64_t 
 
 template <typename T>
 Candidates find_candidates(const Rule& rule, const T* logprob, const T* advantage, const bool* mask,
-                           const bool* ratio_clipped, const int64_t* trajectory, const int64_t* position,
+                           const bool* excluded, const int64_t* trajectory, const int64_t* position,
                            int64_t num_tokens) {
   const int64_t num_blocks = (num_tokens + kBlock - 1) / kBlock;
   std::vector<Candidates> parts(num_blocks);
@@ -68,7 +68,7 @@ Candidates find_candidates(const Rule& rule, const T* logprob, const T* advantag
         const uint64_t id = token_id(trajectory[t], position[t]);
         uint64_t key = 0;
         if (!candidate_key(rule, static_cast<double>(logprob[t]), static_cast<double>(advantage[t]),
-                           ratio_clipped && ratio_clipped[t], id, &key)) {
+                           excluded && excluded[t], id, &key)) {
           continue;
         }
         part.index.push_back(t);

@@ -21,7 +21,7 @@ void exact_sums(const T* logprob, const T* advantage, const bool* mask, int64_t 
 
 template <typename T>
 Candidates find_candidates(const Rule& rule, const T* logprob, const T* advantage, const bool* mask,
-                           const bool* ratio_clipped, const int64_t* trajectory, const int64_t* position,
+                           const bool* excluded, const int64_t* trajectory, const int64_t* position,
                            int64_t num_tokens);
 
 // Adds to `counts` [2^bits] the digits of the values that have the prefix and, where `among` is given, whose entry

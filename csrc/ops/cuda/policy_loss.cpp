@@ -21,58 +21,70 @@ namespace megatron_rlvr::policy_loss {
 
 namespace {
 
-template <typename T>
-Inputs<T> inputs_of(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
-                    const at::Tensor& mask, const std::optional<at::Tensor>& selected,
-                    const std::optional<at::Tensor>& sequence_logratio) {
-  return {logprobs.const_data_ptr<T>(),
-          old_logprobs.const_data_ptr<T>(),
-          advantages.const_data_ptr<T>(),
-          mask.const_data_ptr<bool>(),
-          selected ? selected->const_data_ptr<bool>() : nullptr,
-          sequence_logratio ? sequence_logratio->const_data_ptr<T>() : nullptr,
-          logprobs.size(0)};
-}
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> policy_loss_cuda(
-    const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages, const at::Tensor& mask,
-    const std::optional<at::Tensor>& selected, const std::optional<at::Tensor>& sequence_logratio, int64_t loss_kind,
-    double eps_low, double eps_high, std::optional<double> dual_clip, double clamp, double beta, int64_t kl) {
-  const Options options{loss_kind, kl, eps_low, eps_high, dual_clip, clamp, beta};
-  check_arguments(logprobs, old_logprobs, advantages, mask, selected, sequence_logratio, options);
-  const c10::cuda::CUDAGuard guard(logprobs.device());
-  const at::Tensor loss = at::empty_like(logprobs), slope = at::empty_like(logprobs);
-  const at::Tensor sums = at::zeros({kSums}, logprobs.options().dtype(at::kDouble));
-  if (logprobs.size(0) == 0) return {loss, slope, sums};
-  const at::Tensor partial = at::empty({cuda::num_blocks(logprobs.size(0)), kSums}, sums.options());
+// Slope and sums of checked arguments; per-token losses into `loss` where it is defined.
+std::tuple<at::Tensor, at::Tensor> evaluate_on_device(const Options& options, const Tensors& in,
+                                                      const at::Tensor& loss) {
+  check_arguments(in, options);
+  const c10::cuda::CUDAGuard guard(in.logprobs.device());
+  const int64_t num_tokens = in.logprobs.size(0);
+  const at::Tensor slope = at::empty_like(in.logprobs);
+  const at::Tensor sums = at::zeros({kSums}, in.logprobs.options().dtype(at::kDouble));
+  if (num_tokens == 0) return {slope, sums};
+  const at::Tensor partial = at::empty({cuda::num_blocks(num_tokens), kSums}, sums.options());
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    cuda::evaluate_tokens<T>(
-        settings_of<T>(options), inputs_of<T>(logprobs, old_logprobs, advantages, mask, selected, sequence_logratio),
-        loss.mutable_data_ptr<T>(), slope.mutable_data_ptr<T>(), partial.mutable_data_ptr<double>(),
-        sums.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
+    cuda::evaluate_tokens<T>(settings_of<T>(options), inputs_of<T>(in),
+                             loss.defined() ? loss.mutable_data_ptr<T>() : nullptr, slope.mutable_data_ptr<T>(),
+                             partial.mutable_data_ptr<double>(), sums.mutable_data_ptr<double>(),
+                             c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  if (logprobs.scalar_type() == at::kDouble) {
+  if (in.logprobs.scalar_type() == at::kDouble) {
     run(0.0);
   } else {
     run(0.0f);
   }
-  return {loss, slope, sums};
+  return {slope, sums};
+}
+
+Result policy_loss_cuda(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
+                        const at::Tensor& mask, const std::optional<at::Tensor>& selected,
+                        const std::optional<at::Tensor>& sequence_logratio, int64_t loss_kind, double eps_low,
+                        double eps_high, std::optional<double> dual_clip, double clamp, double beta, int64_t kl) {
+  const Options options{loss_kind, kl, eps_low, eps_high, dual_clip, clamp, beta};
+  const Tensors in{logprobs, old_logprobs, advantages, mask, selected, sequence_logratio, std::nullopt, std::nullopt};
+  const at::Tensor loss = at::empty_like(logprobs);
+  const auto [slope, sums] = evaluate_on_device(options, in, loss);
+  return {loss, slope, sums.narrow(0, 0, kMetricSums)};
+}
+
+Result aggregated_policy_loss_cuda(const at::Tensor& logprobs, const at::Tensor& old_logprobs,
+                                   const at::Tensor& advantages, const at::Tensor& mask, const at::Tensor& weights,
+                                   const std::optional<at::Tensor>& importance,
+                                   const std::optional<at::Tensor>& selected,
+                                   const std::optional<at::Tensor>& sequence_logratio, int64_t loss_kind,
+                                   double eps_low, double eps_high, std::optional<double> dual_clip, double clamp,
+                                   double beta, int64_t kl) {
+  const Options options{loss_kind, kl, eps_low, eps_high, dual_clip, clamp, beta};
+  const Tensors in{logprobs, old_logprobs, advantages, mask, selected, sequence_logratio, weights, importance};
+  const auto [slope, sums] = evaluate_on_device(options, in, at::Tensor());
+  return {sums.select(0, kLossSum).clone(), slope, sums.narrow(0, 0, kMetricSums)};
 }
 
 at::Tensor ratio_clipped_cuda(const at::Tensor& logprobs, const at::Tensor& old_logprobs, const at::Tensor& advantages,
                               const at::Tensor& mask, double eps_low, double eps_high, double clamp) {
   const Options options{static_cast<int64_t>(Loss::kPpo), 0, eps_low, eps_high, std::nullopt, clamp, 0.0};
-  check_arguments(logprobs, old_logprobs, advantages, mask, std::nullopt, std::nullopt, options);
+  const Tensors in{logprobs, old_logprobs, advantages, mask, {}, {}, {}, {}};
+  check_arguments(in, options);
   const c10::cuda::CUDAGuard guard(logprobs.device());
   const at::Tensor clipped = at::empty_like(mask);
   if (logprobs.size(0) == 0) return clipped;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    cuda::mark_ratio_clipped<T>(settings_of<T>(options),
-                                inputs_of<T>(logprobs, old_logprobs, advantages, mask, std::nullopt, std::nullopt),
-                                clipped.mutable_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream());
+    cuda::mark_ratio_clipped<T>(settings_of<T>(options), inputs_of<T>(in), clipped.mutable_data_ptr<bool>(),
+                                c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   if (logprobs.scalar_type() == at::kDouble) {
@@ -101,6 +113,7 @@ at::Tensor sequence_logratio_cuda(const at::Tensor& logprobs, const at::Tensor& 
 
 TORCH_LIBRARY_IMPL(megatron_rlvr, CUDA, m) {
   m.impl("policy_loss", &policy_loss_cuda);
+  m.impl("aggregated_policy_loss", &aggregated_policy_loss_cuda);
   m.impl("ratio_clipped", &ratio_clipped_cuda);
   m.impl("sequence_logratio", &sequence_logratio_cuda);
 }

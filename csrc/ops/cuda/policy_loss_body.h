@@ -22,14 +22,16 @@ MRLVR_DEVICE void evaluate_body(const Settings<T>& settings, const Inputs<T>& in
   double sums[kSums] = {};
   for (int64_t t = device::block_index() * kThreads + thread; t < in.num_tokens; t += blocks * kThreads) {
     Outcome<T> out;
+    double scale = 0.0;
     if (in.mask[t]) {
       const bool selected = in.selected && in.selected[t];
       const T sequence = in.sequence_logratio ? in.sequence_logratio[t] : T(0);
       out = evaluate(settings, in.logprob[t], in.old_logprob[t], in.advantage[t], selected, sequence);
-      add_to_sums(sums, out, selected);
+      scale = scale_of(in, t);
+      add_to_sums(sums, out, selected, scale);
     }
-    loss[t] = out.loss;
-    slope[t] = out.slope;
+    if (loss) loss[t] = out.loss;
+    slope[t] = static_cast<T>(scale * static_cast<double>(out.slope));
   }
   for (int64_t sum = 0; sum < kSums; ++sum) {
     shared[thread] = sums[sum];

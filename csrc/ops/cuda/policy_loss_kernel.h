@@ -12,8 +12,8 @@ namespace megatron_rlvr::policy_loss::cuda {
 // Blocks that `evaluate_tokens` launches for so many tokens; fixed, so that the order of the sums is.
 int num_blocks(int64_t num_tokens);
 
-// Writes loss and slope of every token (0 outside the mask) and the kSums sums; `partial` is scratch of
-// num_blocks x kSums. At least one token.
+// Writes loss (where not null) and slope of every token (0 outside the mask) and the kSums sums; the slope carries the
+// token's weight and importance, the loss does not. `partial` is scratch of num_blocks x kSums. At least one token.
 template <typename T>
 void evaluate_tokens(const Settings<T>& settings, const Inputs<T>& in, T* loss, T* slope, double* partial, double* sums,
                      cudaStream_t stream);

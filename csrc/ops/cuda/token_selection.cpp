@@ -38,14 +38,11 @@ at::Tensor sums_cuda(const at::Tensor& logprobs, const at::Tensor& advantages, c
   return packed;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> candidates_cuda(const at::Tensor& logprobs, const at::Tensor& advantages,
-                                                               const at::Tensor& mask,
-                                                               const std::optional<at::Tensor>& ratio_clipped,
-                                                               const at::Tensor& trajectory, const at::Tensor& position,
-                                                               int64_t method, double mean_logprob,
-                                                               double mean_advantage, double lower, double upper,
-                                                               int64_t seed, int64_t step) {
-  check_candidates(logprobs, advantages, mask, ratio_clipped, trajectory, position, method);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> candidates_cuda(
+    const at::Tensor& logprobs, const at::Tensor& advantages, const at::Tensor& mask,
+    const std::optional<at::Tensor>& excluded, const at::Tensor& trajectory, const at::Tensor& position, int64_t method,
+    double mean_logprob, double mean_advantage, double lower, double upper, int64_t seed, int64_t step) {
+  check_candidates(logprobs, advantages, mask, excluded, trajectory, position, method);
   const c10::cuda::CUDAGuard guard(logprobs.device());
   const Rule rule{static_cast<Method>(method),
                   mean_logprob,
@@ -59,11 +56,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> candidates_cuda(const at::Tensor&
   if (size == 0) return {key, key, id};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    cuda::find_candidates<T>(
-        rule, logprobs.const_data_ptr<T>(), advantages.const_data_ptr<T>(), mask.const_data_ptr<bool>(),
-        ratio_clipped ? ratio_clipped->const_data_ptr<bool>() : nullptr, trajectory.const_data_ptr<int64_t>(),
-        position.const_data_ptr<int64_t>(), size, key.mutable_data_ptr<int64_t>(), id.mutable_data_ptr<int64_t>(),
-        candidate.mutable_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream());
+    cuda::find_candidates<T>(rule, logprobs.const_data_ptr<T>(), advantages.const_data_ptr<T>(),
+                             mask.const_data_ptr<bool>(), excluded ? excluded->const_data_ptr<bool>() : nullptr,
+                             trajectory.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(), size,
+                             key.mutable_data_ptr<int64_t>(), id.mutable_data_ptr<int64_t>(),
+                             candidate.mutable_data_ptr<bool>(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
   if (logprobs.scalar_type() == at::kDouble) {

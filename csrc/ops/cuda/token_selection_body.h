@@ -55,14 +55,14 @@ MRLVR_DEVICE void sums_body(const T* logprob, const T* advantage, const bool* ma
 
 template <typename T>
 MRLVR_DEVICE void candidate_body(const Rule& rule, const T* logprob, const T* advantage, const bool* mask,
-                                 const bool* ratio_clipped, const int64_t* trajectory, const int64_t* position,
-                                 int64_t t, int64_t* key, int64_t* id, bool* candidate) {
+                                 const bool* excluded, const int64_t* trajectory, const int64_t* position, int64_t t,
+                                 int64_t* key, int64_t* id, bool* candidate) {
   candidate[t] = false;
   if (!mask[t]) return;
   const uint64_t token = token_id(trajectory[t], position[t]);
   uint64_t token_key = 0;
   candidate[t] = candidate_key(rule, static_cast<double>(logprob[t]), static_cast<double>(advantage[t]),
-                               ratio_clipped && ratio_clipped[t], token, &token_key);
+                               excluded && excluded[t], token, &token_key);
   key[t] = static_cast<int64_t>(token_key);
   id[t] = static_cast<int64_t>(token);
 }

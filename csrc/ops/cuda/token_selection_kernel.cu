@@ -30,11 +30,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    candidates_kernel(Rule rule, const T* logprob, const T* advantage, const bool* mask, const bool* ratio_clipped,
+    candidates_kernel(Rule rule, const T* logprob, const T* advantage, const bool* mask, const bool* excluded,
                       const int64_t* trajectory, const int64_t* position, int64_t num_tokens, int64_t* key, int64_t* id,
                       bool* candidate) {
   for (int64_t t = first_index(); t < num_tokens; t += index_step()) {
-    candidate_body(rule, logprob, advantage, mask, ratio_clipped, trajectory, position, t, key, id, candidate);
+    candidate_body(rule, logprob, advantage, mask, excluded, trajectory, position, t, key, id, candidate);
   }
 }
 
@@ -63,11 +63,11 @@ void exact_sums(const T* logprob, const T* advantage, const bool* mask, int64_t 
 }
 
 template <typename T>
-void find_candidates(const Rule& rule, const T* logprob, const T* advantage, const bool* mask,
-                     const bool* ratio_clipped, const int64_t* trajectory, const int64_t* position, int64_t num_tokens,
-                     int64_t* key, int64_t* id, bool* candidate, cudaStream_t stream) {
+void find_candidates(const Rule& rule, const T* logprob, const T* advantage, const bool* mask, const bool* excluded,
+                     const int64_t* trajectory, const int64_t* position, int64_t num_tokens, int64_t* key, int64_t* id,
+                     bool* candidate, cudaStream_t stream) {
   candidates_kernel<T><<<blocks_for(num_tokens), kThreads, 0, stream>>>(
-      rule, logprob, advantage, mask, ratio_clipped, trajectory, position, num_tokens, key, id, candidate);
+      rule, logprob, advantage, mask, excluded, trajectory, position, num_tokens, key, id, candidate);
 }
 
 void count_digits(const int64_t* values, int64_t size, uint64_t prefix, int64_t shift, int64_t bits,

@@ -16,9 +16,9 @@ void exact_sums(const T* logprob, const T* advantage, const bool* mask, int64_t 
 
 // Writes whether each token is a candidate; key and id only where it is masked in.
 template <typename T>
-void find_candidates(const Rule& rule, const T* logprob, const T* advantage, const bool* mask,
-                     const bool* ratio_clipped, const int64_t* trajectory, const int64_t* position, int64_t num_tokens,
-                     int64_t* key, int64_t* id, bool* candidate, cudaStream_t stream);
+void find_candidates(const Rule& rule, const T* logprob, const T* advantage, const bool* mask, const bool* excluded,
+                     const int64_t* trajectory, const int64_t* position, int64_t num_tokens, int64_t* key, int64_t* id,
+                     bool* candidate, cudaStream_t stream);
 
 // Adds to `counts` [2^bits], at most 2^kMaxDigitBits, as the CPU twin does.
 void count_digits(const int64_t* values, int64_t size, uint64_t prefix, int64_t shift, int64_t bits,

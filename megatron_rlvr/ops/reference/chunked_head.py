@@ -20,9 +20,12 @@ def chunked_logprob_entropy(
     temperature: float,
     group: dist.ProcessGroup | None,
     chunk_bytes: int,
+    num_real: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `megatron_rlvr.ops.chunked_logprob_entropy`."""
     logits_TV = _SharedInput.apply(hidden_TD, group) @ weight_VD.t()
+    padding_V = torch.arange(weight_VD.shape[0], device=weight_VD.device) >= num_real
+    logits_TV = logits_TV.masked_fill(padding_V, -torch.inf)
     return vocab_parallel_logprob_entropy(
         logits_TV, targets_T, temperature=temperature, group=group, inplace_backward=False
     )

@@ -40,8 +40,9 @@ def group_advantages(
     """
     valid_N = options.valid_N if options.valid_N is not None else np.ones(len(rewards_N), dtype=bool)
     advantages_N = np.zeros(len(rewards_N))
-    for group in _groups(group_sizes, valid_N):
-        advantages_N[group] = _one_group(rewards_N, group, estimator, options)
+    levels = options.level_of_groups(len(group_sizes))
+    for group, level in zip(_groups(group_sizes, valid_N), levels, strict=True):
+        advantages_N[group] = _one_group(rewards_N, group, estimator, options, level)
     if estimator in ("reinforce_pp", "reinforce_pp_baseline"):
         assert options.lengths_N is not None, "the face checks that lengths are given"
         return _whiten(advantages_N, options.lengths_N, valid_N)
@@ -57,7 +58,9 @@ def _groups(group_sizes: list[int], valid_N: np.ndarray) -> list[np.ndarray]:
     return [start + np.flatnonzero(valid_N[start:stop]) for start, stop in itertools.pairwise(borders)]
 
 
-def _one_group(rewards_N: np.ndarray, group: np.ndarray, estimator: str, options: AdvantageOptions) -> np.ndarray:
+def _one_group(
+    rewards_N: np.ndarray, group: np.ndarray, estimator: str, options: AdvantageOptions, level: Fraction
+) -> np.ndarray:
     rewards_G = rewards_N[group]
     # Estimators without a group baseline.
     if estimator in ("psr", "reinforce_pp"):
@@ -67,7 +70,7 @@ def _one_group(rewards_N: np.ndarray, group: np.ndarray, estimator: str, options
     if estimator == "w_reinforce":
         return np.where(rewards_G == 1.0, options.positive_weight, -1.0)
     if estimator == "qae":
-        return _qae(rewards_N, group, options)
+        return _qae(rewards_N, group, options, level)
     size = len(group)
     # Explicit zeros: the rounding of a mean of equal rewards over a tiny std would leak advantages (spec A5).
     if size < 2 or rewards_G.max() == rewards_G.min():
@@ -85,7 +88,7 @@ def _one_group(rewards_N: np.ndarray, group: np.ndarray, estimator: str, options
     return centred_G
 
 
-def _qae(rewards_N: np.ndarray, group: np.ndarray, options: AdvantageOptions) -> np.ndarray:
+def _qae(rewards_N: np.ndarray, group: np.ndarray, options: AdvantageOptions, level: Fraction) -> np.ndarray:
     """(x - b_K) / (std + eps), x the correctness or the reward (spec A1-A5, A7, A9)."""
     by_correctness = options.gate_on == "correctness"
     gate_N = options.correctness_N if by_correctness else rewards_N
@@ -93,12 +96,11 @@ def _qae(rewards_N: np.ndarray, group: np.ndarray, options: AdvantageOptions) ->
     values_G = gate_N[group]
     if len(group) < 2 or values_G.max() == values_G.min():
         return np.zeros(len(group))
-    assert options.K is not None, "the face parses K"
     scale = 1.0 if options.std == "none" else _spread(values_G, options.std) + options.eps
     if options.mask == "qae":
-        advantages_G = (values_G - quantile_baseline(values_G, options.K, options.quantile)) / scale
+        advantages_G = (values_G - quantile_baseline(values_G, level, options.quantile)) / scale
     else:
-        advantages_G = _masked_signs(values_G, options) / scale
+        advantages_G = _masked_signs(values_G, options.mask, level) / scale
     if by_correctness and options.penalty_N is not None and options.penalty_additive:
         # The penalty is on the +-1 scale, the correctness on 0/1: half of it (spec A9).
         advantages_G = advantages_G + options.penalty_N[group] / (2.0 * scale)
@@ -117,15 +119,14 @@ def quantile_baseline(values_G: np.ndarray, level: Fraction, quantile: str) -> f
     return float(low + float(position - below) * (high - low))
 
 
-def _masked_signs(values_G: np.ndarray, options: AdvantageOptions) -> np.ndarray:
+def _masked_signs(values_G: np.ndarray, mask: str, level: Fraction) -> np.ndarray:
     """+-(gap between the two values) by the table of `QAE_MASKS`."""
     low, high = values_G.min(), values_G.max()
     if not np.isin(values_G, (low, high)).all():
-        raise ValueError(f"mask must be 'qae' where a group has more than two distinct rewards, got {options.mask!r}")
-    assert options.K is not None, "the face parses K"
+        raise ValueError(f"mask must be 'qae' where a group has more than two distinct rewards, got {mask!r}")
     num_wrong = int((values_G == low).sum())
-    regime = "hard" if num_wrong >= quantile_rank(options.K, len(values_G)) else "easy"
-    keep_wrong, keep_right = QAE_MASKS[options.mask][regime]
+    regime = "hard" if num_wrong >= quantile_rank(level, len(values_G)) else "easy"
+    keep_wrong, keep_right = QAE_MASKS[mask][regime]
     return np.where(values_G == high, (high - low) * keep_right, (low - high) * keep_wrong)
 
 

@@ -60,6 +60,38 @@ def policy_loss(
     return torch.where(mask_T, loss_T, 0.0), metrics | more
 
 
+@register("aggregated_policy_loss", backend="reference")
+def aggregated_policy_loss(
+    logprobs_T: torch.Tensor,
+    old_logprobs_T: torch.Tensor,
+    advantages_T: torch.Tensor,
+    mask_T: torch.Tensor,
+    *,
+    weights_T: torch.Tensor,
+    importance_T: torch.Tensor | None,
+    loss: str,
+    selected_T: torch.Tensor | None,
+    trajectory_T: torch.Tensor | None,
+    options: Options,
+) -> tuple[torch.Tensor, Metrics]:
+    """See `megatron_rlvr.ops.aggregated_policy_loss`."""
+    loss_T, metrics = policy_loss(
+        logprobs_T,
+        old_logprobs_T,
+        advantages_T,
+        mask_T,
+        loss=loss,
+        selected_T=selected_T,
+        trajectory_T=trajectory_T,
+        options=options,
+    )
+    scale_T = weights_T.detach().double()
+    if importance_T is not None:
+        scale_T = scale_T * importance_T.detach().double()
+    # Outside the mask weights may hold anything too.
+    return (loss_T.double() * torch.where(mask_T, scale_T, 0.0)).sum(), metrics
+
+
 @register("ratio_clipped", backend="reference")
 def ratio_clipped(
     logprobs_T: torch.Tensor,
@@ -94,7 +126,7 @@ def _terms(
         advantages_T=torch.where(mask_T, advantages_T.detach(), 0.0).to(dtype),
         mask_T=mask_T,
         raw_logratio_T=raw_logratio_T,
-        logratio_T=raw_logratio_T.clamp(-clamp, clamp),
+        logratio_T=_bounded(raw_logratio_T, clamp),
     )
 
 
@@ -130,7 +162,7 @@ def _sequence_logratio(terms: _Terms, trajectory_T: torch.Tensor, options: Optio
     clamp = _number(options, "logratio_clamp")
     value_T = torch.zeros_like(terms.raw_logratio_T.detach())
     value_T[terms.mask_T] = (sums_S / counts_S)[index_M]
-    return (value_T + (terms.logprobs_T - terms.logprobs_T.detach())).clamp(-clamp, clamp)
+    return _bounded(value_T + (terms.logprobs_T - terms.logprobs_T.detach()), clamp)
 
 
 def _cispo(terms: _Terms, options: Options) -> tuple[torch.Tensor, Metrics]:
@@ -217,3 +249,8 @@ def _selection_metrics(terms: _Terms, chosen_T: torch.Tensor) -> Metrics:
         # KL-Cov cannot act where lr = 0 (spec B4).
         "cov/selected_on_policy": _share(chosen_T & (terms.raw_logratio_T.detach() == 0), chosen_T),
     }
+
+
+def _bounded(x_T: torch.Tensor, bound: float) -> torch.Tensor:
+    """Clamped to +-bound; the gradient is 1 at the bound itself, where torch's own clamp has 0 from 2.14 on."""
+    return torch.where(x_T.abs() > bound, x_T.detach().clamp(-bound, bound), x_T)

@@ -67,7 +67,7 @@ def select_tokens(
     ratio: Fraction,
     lower: float,
     upper: float,
-    ratio_clipped_T: torch.Tensor | None,
+    excluded_T: torch.Tensor | None,
     trajectory_T: torch.Tensor,
     position_T: torch.Tensor,
     seed: int,
@@ -86,9 +86,9 @@ def select_tokens(
     else:
         # Compared as doubles: the float32 Cov against the bounds as written.
         candidate_T = mask_T & (cov_T.double() > lower) & (cov_T.double() < upper)
-        if ratio_clipped_T is not None:
-            candidate_T = candidate_T & ~ratio_clipped_T
         key_T = selection_key(token_id_T, seed=seed, step=step)
+    if excluded_T is not None:
+        candidate_T = candidate_T & ~excluded_T
     return _smallest(key_T, token_id_T, candidate_T, count=count, group=group)
 
 

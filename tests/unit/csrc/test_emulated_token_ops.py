@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 LOSSES = ("ppo", "clip_cov", "kl_cov", "gspo", "cispo")
 KL_KINDS = ("abs", "k1", "k2", "k3")
-NUM_SUMS = 11
+NUM_SUMS = 12
 SIZES = [1, 63, 65, 1000]
 
 
@@ -57,6 +57,7 @@ def integers(*numbers):
 
 @pytest.mark.parametrize("num_tokens", SIZES)
 @pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
@@ -66,7 +67,7 @@ def integers(*numbers):
         ("cispo", {"eps_low": 0.5, "eps_high": 0.28}),
     ],
 )
-def test_policy_loss(emulated, num_tokens, blocks, loss, options):
+def test_policy_loss(emulated, num_tokens, blocks, weighted, loss, options):
     generator = torch.Generator().manual_seed(num_tokens)
     logprobs = -torch.rand(num_tokens, generator=generator)
     old = logprobs + 0.4 * torch.randn(num_tokens, generator=generator)
@@ -75,8 +76,9 @@ def test_policy_loss(emulated, num_tokens, blocks, loss, options):
     selected = torch.rand(num_tokens, generator=generator) < 0.3 if loss in ("clip_cov", "kl_cov") else None
     ours, slope = torch.full((num_tokens,), torch.nan), torch.full((num_tokens,), torch.nan)
     sums = torch.full((NUM_SUMS,), torch.nan, dtype=torch.float64)
+    weights, importance = torch.rand(2, num_tokens, generator=generator) if weighted else (None, None)
     emulated.emulated_policy_loss(
-        *(pointer(tensor) for tensor in (logprobs, old, advantages, mask, selected, None)),
+        *(pointer(tensor) for tensor in (logprobs, old, advantages, mask, selected, None, weights, importance)),
         *integers(num_tokens, LOSSES.index(loss)),
         ctypes.c_double(options.get("eps_low", 0.0)),
         ctypes.c_double(options.get("eps_high", 0.0)),
@@ -84,12 +86,15 @@ def test_policy_loss(emulated, num_tokens, blocks, loss, options):
         ctypes.c_double(20.0),
         ctypes.c_double(options.get("beta", 0.0)),
         *integers(KL_KINDS.index(options.get("kl", "abs")), blocks),
-        *(pointer(tensor) for tensor in (ours, slope, sums)),
+        *(pointer(tensor) for tensor in (None if weighted else ours, slope, sums)),
     )
     logprobs.requires_grad_()
     expected, metrics = policy_loss(logprobs, old, advantages, mask, loss=loss, selected_T=selected, **options)
-    expected.sum().backward()
-    torch.testing.assert_close(ours, expected.detach(), rtol=2e-6, atol=1e-6)
+    scale = torch.ones(num_tokens) if weights is None else weights * importance
+    (expected * scale).sum().backward()
+    assert ours.isnan().all() if weighted else torch.allclose(ours, expected.detach(), rtol=2e-6, atol=1e-6)
+    total = float((expected.detach().double() * scale.double()).sum())
+    assert math.isclose(float(sums[11]), total, rel_tol=1e-5, abs_tol=1e-6)
     torch.testing.assert_close(slope, logprobs.grad, rtol=2e-6, atol=1e-6)
     assert sums[0] == mask.sum()
     plain = values(metrics)

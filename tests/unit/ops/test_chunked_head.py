@@ -54,6 +54,20 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert hidden.grad is None
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, 100])
+def test_padded_columns_take_no_part(chunk_tokens):
+    hidden, weight, targets, upstream = batch(torch.float32)
+    real = VOCAB - 7
+    targets = targets % real
+    leaf = weight.clone().requires_grad_()
+    got = chunked_logprob_entropy(hidden, leaf, targets, vocab_size=real, chunk_bytes=chunk_tokens * VOCAB * 4)
+    torch.autograd.backward(list(got), [g.float() for g in upstream])
+    expected = exact(hidden, weight[:real], targets, upstream, 1.0)
+    for ours, theirs in zip((*got, leaf.grad[:real]), (*expected[:2], expected[3]), strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs, rtol=2e-5, atol=2e-5)
+    assert (leaf.grad[real:] == 0).all()
+
+
 def test_no_tokens():
     weight = torch.zeros(VOCAB, HIDDEN, requires_grad=True)
     logprobs, entropy = chunked_logprob_entropy(torch.zeros(0, HIDDEN), weight, torch.zeros(0, dtype=torch.int64))
@@ -78,6 +92,7 @@ def test_gradcheck():
         ({"targets_T": torch.full((TOKENS,), VOCAB)}, r"targets_T must be in \[0, 50\), got 50"),
         ({"targets_T": torch.zeros(2, dtype=torch.int64)}, "targets_T must have 13 entries"),
         ({"temperature": -1.0}, "temperature must be above 0, got -1.0"),
+        ({"vocab_size": 51}, r"vocab_size must be an integer in \(0, 50\], got 51"),
         ({"chunk_bytes": 0}, "chunk_bytes must be a positive integer, got 0"),
     ],
 )

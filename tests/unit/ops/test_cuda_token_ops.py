@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from megatron_rlvr.metrics import values
-from megatron_rlvr.ops import get_backend, policy_loss, ratio_clipped, select_tokens, set_backend, token_covariance
+from megatron_rlvr.ops import (
+    aggregated_policy_loss,
+    get_backend,
+    policy_loss,
+    ratio_clipped,
+    select_tokens,
+    set_backend,
+    token_covariance,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -101,6 +109,32 @@ def test_losses_are_those_of_the_cpu(num_tokens, dtype, loss, options):
     torch.testing.assert_close(results[1][1], results[0][1], **tolerance)
     for key, value in results[0][2].items():
         assert math.isclose(results[1][2][key], value, rel_tol=1e-5) or math.isnan(value), key
+
+
+@pytest.mark.parametrize("num_tokens", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("loss", ["ppo", "kl_cov", "gspo", "cispo"])
+def test_aggregated_losses_are_those_of_the_cpu(num_tokens, dtype, loss):
+    batch = token_batch(num_tokens, dtype)
+    generator = torch.Generator().manual_seed(1)
+    given = {name: batch[name] for name in ("logprobs_T", "advantages_T", "mask_T")}
+    given["old_logprobs_T"] = batch["logprobs_T"] + 0.4 * torch.randn(num_tokens, generator=generator, dtype=dtype)
+    given["weights_T"] = torch.rand(num_tokens, generator=generator, dtype=dtype) / max(1, num_tokens)
+    given["importance_T"] = torch.rand(num_tokens, generator=generator, dtype=dtype) * 2
+    if loss == "kl_cov":
+        given["selected_T"] = torch.rand(num_tokens, generator=generator) < 0.1
+    if loss == "gspo":
+        given["trajectory_T"] = batch["trajectory_T"]
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = {name: tensor.to(device) for name, tensor in given.items()}
+        moved["logprobs_T"].requires_grad_()
+        total, metrics = aggregated_policy_loss(**moved, loss=loss)
+        total.backward()
+        results.append((float(total), moved["logprobs_T"].grad.cpu(), values(metrics)))
+    assert math.isclose(results[1][0], results[0][0], rel_tol=1e-9 if dtype == torch.float64 else 1e-5, abs_tol=1e-9)
+    tolerance = {"rtol": 1e-12, "atol": 1e-15} if dtype == torch.float64 else {"rtol": 3e-6, "atol": 1e-9}
+    torch.testing.assert_close(results[1][1], results[0][1], **tolerance)
 
 
 def test_ratio_clipped_is_that_of_the_cpu():

@@ -68,6 +68,19 @@ def test_selected_sets_are_equal(num_tokens, dtype, ratio):
     assert torch.equal(native, reference)
 
 
+@pytest.mark.parametrize("method", ["kl_cov", "clip_cov"])
+def test_excluded_tokens_count_and_are_never_selected(method):
+    batch = token_batch(5000)
+    excluded = batch["advantages_T"] > 0
+    native, reference = with_both(lambda: select_tokens(**batch, method=method, ratio="0.4", excluded_T=excluded))
+    assert torch.equal(native, reference)
+    assert not (native & excluded).any()
+    if method == "kl_cov":
+        assert int(native.sum()) == int(0.4 * int(batch["mask_T"].sum())), "as many as without"
+        with pytest.raises(ValueError, match="excluded_T must have 5000 entries"):
+            select_tokens(**batch, method=method, ratio="0.4", excluded_T=excluded[:7])
+
+
 def test_shuffled_tokens_and_narrow_types_give_the_same_set():
     batch = token_batch(5000)
     set_backend("native")
