@@ -27,7 +27,7 @@ def qae(scored: ScoredGroups, config: AdvantageConfig) -> np.ndarray:
         scored.rewards_N if by_correctness else scored.shaped_rewards_N,
         scored.group_sizes,
         estimator="qae",
-        K=config.K,
+        K=config.K if scored.levels is None else list(scored.levels),
         quantile=config.quantile.value,
         std=config.std.value,
         eps=config.eps,

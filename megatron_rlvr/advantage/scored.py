@@ -5,8 +5,9 @@ Letters: N responses of all groups, group after group; G responses of one group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -36,9 +37,11 @@ class ScoredGroups:
     """int64 [N] response tokens."""
     valid_N: np.ndarray
     """bool [N]; an aborted response counts nowhere."""
+    levels: Sequence[Fraction] | None = None
+    """Quantile level K of every group; None for the section's own throughout."""
 
     @classmethod
-    def from_groups(cls, groups: list[RolloutGroup]) -> ScoredGroups:
+    def from_groups(cls, groups: list[RolloutGroup], *, levels: Sequence[Fraction] | None = None) -> ScoredGroups:
         """Flattens rollout groups."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         return cls(
@@ -48,6 +51,7 @@ class ScoredGroups:
             correctness_N=np.array([rollout.correctness for rollout in rollouts], dtype=np.float64),
             lengths_N=np.array([len(rollout.response_ids) for rollout in rollouts], dtype=np.int64),
             valid_N=np.array([rollout.valid for rollout in rollouts], dtype=bool),
+            levels=levels,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 
 def token_weights(lengths_N: np.ndarray, aggregation: str, max_response_tokens: int) -> np.ndarray:
@@ -15,8 +15,9 @@ def token_weights(lengths_N: np.ndarray, aggregation: str, max_response_tokens: 
 
     Args:
         lengths_N: int [N] response tokens; a response without tokens has none to weigh and does not count.
-        aggregation: ``token-mean`` (DAPO) 1 / sum of lengths; ``seq-mean-token-mean`` (GRPO) 1 / (B length);
-            ``seq-mean-token-sum-norm`` (Dr. GRPO) 1 / (max_response_tokens B); B responses with tokens.
+        aggregation: ``token-mean`` (DAPO) 1 / sum of lengths; ``seq-mean-token-sum`` 1 / B; ``seq-mean-token-mean``
+            (GRPO) 1 / (B length); ``seq-mean-token-sum-norm`` (Dr. GRPO) 1 / (max_response_tokens B); B responses
+            with tokens.
         max_response_tokens: L_max, tokens.
 
     Returns:
@@ -38,6 +39,8 @@ def token_weights(lengths_N: np.ndarray, aggregation: str, max_response_tokens: 
         return np.zeros(len(lengths))
     if aggregation == "token-mean":
         weights_N = np.full(len(lengths), 1.0 / lengths.sum())
+    elif aggregation == "seq-mean-token-sum":
+        weights_N = np.full(len(lengths), 1.0 / num_responses)
     elif aggregation == "seq-mean-token-mean":
         weights_N = 1.0 / (num_responses * np.maximum(lengths, 1.0))
     else:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 from enum import Enum
 
-from megatron_rlvr.config.schema import ClipCovConfig, CovLogp, CovScope, KlCovConfig, LossConfig
+from megatron_rlvr.config.schema import (
+    CispoConfig,
+    ClipCovConfig,
+    CovLogp,
+    CovScope,
+    GspoConfig,
+    KlCovConfig,
+    LossConfig,
+    MismatchConfig,
+    RatioLevel,
+)
 from megatron_rlvr.loss.aggregation import AGGREGATIONS
 from megatron_rlvr.loss.policy import LOSSES
 from megatron_rlvr.ops.checks import check_choice, check_not_negative, check_number, check_positive
@@ -13,10 +23,13 @@ from megatron_rlvr.ops.exact import parse_ratio
 from megatron_rlvr.ops.loss_options import check_dual_clip, check_eps_low
 
 # Fields of LossConfig that one built-in loss reads and the others ignore.
+COVARIANCE_FIELDS = ("cov_scope", "cov_logp", "cov_mass")
 OWN_FIELDS = {
     "ppo": ("eps_low", "eps_high", "dual_clip"),
-    "clip_cov": ("clip_cov", "cov_scope", "cov_logp"),
-    "kl_cov": ("kl_cov", "cov_scope", "cov_logp"),
+    "clip_cov": ("clip_cov", *COVARIANCE_FIELDS),
+    "kl_cov": ("kl_cov", *COVARIANCE_FIELDS),
+    "gspo": ("gspo", "dual_clip"),
+    "cispo": ("cispo",),
 }
 
 
@@ -35,6 +48,7 @@ def validate_loss(config: LossConfig, updates_per_rollout: int) -> list[str]:
     """
     LOSSES.get(config.name)
     _check_values(config)
+    _check_mismatch(config.mismatch)
     _check_ignored(config)
     warnings = []
     if config.name == "kl_cov" and updates_per_rollout == 1:
@@ -56,6 +70,12 @@ def _check_values(config: LossConfig) -> None:
         check_dual_clip(config.dual_clip, name="loss.dual_clip")
     check_eps_low(config.clip_cov.eps_low, name="loss.clip_cov.eps_low")
     check_not_negative(config.clip_cov.eps_high, name="loss.clip_cov.eps_high")
+    check_eps_low(config.gspo.eps_low, name="loss.gspo.eps_low")
+    check_not_negative(config.gspo.eps_high, name="loss.gspo.eps_high")
+    check_eps_low(config.cispo.eps_low, name="loss.cispo.eps_low")
+    check_not_negative(config.cispo.eps_high, name="loss.cispo.eps_high")
+    if config.cov_mass is not None and not 0 < config.cov_mass <= 1:
+        raise ValueError(f"loss.cov_mass must be in (0, 1], got {config.cov_mass}")
     lower = check_number(config.clip_cov.lower, name="loss.clip_cov.lower")
     upper = check_number(config.clip_cov.upper, name="loss.clip_cov.upper")
     if not lower < upper:
@@ -68,6 +88,23 @@ def _check_values(config: LossConfig) -> None:
             raise ValueError(f"loss.{section}.{error}") from None
     check_not_negative(config.kl_coef, name="loss.kl_coef")
     check_not_negative(config.entropy_coef, name="loss.entropy_coef")
+
+
+def _check_mismatch(config: MismatchConfig) -> None:
+    default = MismatchConfig()
+    if config.weight is RatioLevel.none and config.cap != default.cap:
+        raise ValueError(f"loss.mismatch.cap has no effect with loss.mismatch.weight=none, got {config.cap}")
+    for name, value in (("lower", config.lower), ("upper", config.upper)):
+        if config.reject is RatioLevel.none and value != getattr(default, name):
+            raise ValueError(f"loss.mismatch.{name} has no effect with loss.mismatch.reject=none, got {value}")
+    if config.cap is None and config.reject is RatioLevel.none:
+        raise ValueError("loss.mismatch.cap must be a number where loss.mismatch.reject=none bounds no ratio, got null")
+    if config.cap is not None and not config.cap >= 1:
+        raise ValueError(f"loss.mismatch.cap must be 1 or above, got {config.cap}")
+    if not 0 <= config.lower <= 1 <= config.upper:
+        raise ValueError(
+            f"loss.mismatch.lower and upper must enclose 1 (no mismatch at all), got {config.lower} and {config.upper}"
+        )
 
 
 def _check_ignored(config: LossConfig) -> None:
@@ -84,12 +121,12 @@ def _check_ignored(config: LossConfig) -> None:
             raise ValueError(f"loss.{name}{field} has no effect with loss.name={config.name}, got {value!r}")
 
 
-Section = ClipCovConfig | KlCovConfig | CovScope | CovLogp | float | None
+Section = ClipCovConfig | KlCovConfig | GspoConfig | CispoConfig | CovScope | CovLogp | float | None
 
 
 def _changed(value: Section, default: Section) -> tuple[str, object] | None:
     """The first setting that differs from its default, as (suffix of the name, value)."""
-    if isinstance(value, ClipCovConfig | KlCovConfig):
+    if isinstance(value, ClipCovConfig | KlCovConfig | GspoConfig | CispoConfig):
         for field in fields(value):
             if getattr(value, field.name) != getattr(default, field.name):
                 return f".{field.name}", _shown(getattr(value, field.name))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from megatron_rlvr.config.schema import AdvantageConfig, GateOn, QaeMask, Quanti
 from megatron_rlvr.metrics import values
 from megatron_rlvr.types import FinishReason, Prompt, Rollout, RolloutGroup
 
-BUILT_IN = ["qae", "grpo", "dr_grpo", "rloo", "reinforce_pp"]
+WITH_BASELINE = ["qae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gpg", "opo"]
+BUILT_IN = [*WITH_BASELINE, "psr", "nsr", "w_reinforce"]
 
 
 def group_of(rewards, *, penalties=None, lengths=None, aborted=(), index=0):
@@ -68,7 +70,7 @@ def test_aborted_responses_count_nowhere(estimator):
     assert values(metrics) == values(expected_metrics)
 
 
-@pytest.mark.parametrize("estimator", BUILT_IN)
+@pytest.mark.parametrize("estimator", WITH_BASELINE)
 def test_equal_rewards_are_exactly_zero(estimator):
     advantages, metrics = compute_advantages(
         [group_of([0.3] * 8), group_of([0.3] * 8)], AdvantageConfig(estimator=estimator)
@@ -116,6 +118,43 @@ def test_options_reach_the_estimator():
     assert compute_advantages([], AdvantageConfig())[0] == []
 
 
+def test_comparison_estimators_follow_their_formulas():
+    """R of two groups; lengths 1..4 in each (spec E4)."""
+    rewards = np.array([[1.0, 0, 0, 1], [0, 0, 0, 1]])
+    groups = [group_of(list(row), lengths=[1, 2, 3, 4], index=i) for i, row in enumerate(rewards)]
+    mean = rewards.mean(axis=1, keepdims=True)
+    lengths = np.array([1, 2, 3, 4])
+    for estimator, expected in {
+        "psr": rewards,
+        "nsr": rewards - 1,
+        "gpg": (rewards - mean) * 8 / 3,
+        "opo": rewards - (lengths * rewards).sum(axis=1, keepdims=True) / 10,
+    }.items():
+        ours, _ = compute_advantages(groups, AdvantageConfig(estimator=estimator))
+        np.testing.assert_allclose(ours, expected, rtol=1e-14, err_msg=estimator)
+    weighted, _ = compute_advantages(groups, AdvantageConfig(estimator="w_reinforce", positive_weight=0.3))
+    np.testing.assert_allclose(weighted, np.where(rewards == 1, 0.3, -1))
+
+
+def test_levels_of_groups_are_those_of_separate_computations():
+    groups = [
+        group_of([1, 0, 0, 0, 1], index=0),
+        group_of([1, 1, 0, 1], index=1),
+        group_of([0, 1, 1, 0, 1, 1], index=2),
+    ]
+    levels = [Fraction(1, 5), Fraction(9, 10), Fraction(1, 2)]
+    together, metrics = compute_advantages(groups, AdvantageConfig(), levels=levels)
+    regimes = {"advantage/hard_fraction": 0.0, "advantage/easy_fraction": 0.0}
+    for group, level, ours in zip(groups, levels, together, strict=True):
+        [alone], alone_metrics = compute_advantages([group], AdvantageConfig(K=str(level)))
+        np.testing.assert_array_equal(ours, alone)
+        for name in regimes:
+            regimes[name] += values(alone_metrics)[name] / 3
+    assert regimes == {name: pytest.approx(values(metrics)[name]) for name in regimes}
+    with pytest.raises(ValueError, match="K must have one level, or one for each of the 3 groups, got 2"):
+        compute_advantages(groups, AdvantageConfig(), levels=levels[:2])
+
+
 def test_an_estimator_from_a_plugin(monkeypatch):
     module = type(sys)("estimator_plugin")
     module.double = lambda scored, config: 2 * scored.rewards_N
@@ -145,6 +184,9 @@ def test_every_estimator_is_registered():
         ({"estimator": "rloo", "eps": 1e-4}, "advantage.eps has no effect with advantage.estimator=rloo"),
         ({"estimator": "dr_grpo", "std": Std.population}, "advantage.std has no effect .*=dr_grpo, got 'population'"),
         ({"estimator": "reinforce_pp", "mask": QaeMask.none}, "advantage.mask has no effect"),
+        ({"estimator": "psr", "K_dither": True}, "advantage.K_dither has no effect with advantage.estimator=psr"),
+        ({"positive_weight": 0.2}, "advantage.positive_weight has no effect with advantage.estimator=qae, got 0.2"),
+        ({"estimator": "w_reinforce", "positive_weight": -1.0}, "advantage.positive_weight must be 0 or above"),
         ({"K": "1.0"}, r"advantage.K must be in \(0, 1\), got '1.0'"),
         ({"K": "many"}, "advantage.K must be a number .* got 'many'"),
         ({"eps": -1.0}, "advantage.eps must be 0 or above, got -1.0"),

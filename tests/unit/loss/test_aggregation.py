@@ -9,7 +9,7 @@ import pytest
 from megatron_rlvr.loss import token_weights
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "vectors.json").read_text())
-AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -7,52 +7,78 @@ import sys
 import pytest
 import torch
 
-from megatron_rlvr.config.schema import ClipCovConfig, CovLogp, CovScope, KlCovConfig, KlKind, LossConfig
-from megatron_rlvr.loss import LOSSES, reference_kl, validate_loss
+from megatron_rlvr.config.schema import (
+    CispoConfig,
+    ClipCovConfig,
+    CovLogp,
+    CovScope,
+    GspoConfig,
+    KlCovConfig,
+    KlKind,
+    LossConfig,
+    MismatchConfig,
+    RatioLevel,
+)
+from megatron_rlvr.loss import LOSSES, LossTokens, reference_kl, validate_loss
 from megatron_rlvr.ops import policy_loss
 
 
-def batch():
+def tokens(selected=None, importance=None):
     generator = torch.Generator().manual_seed(0)
     logprobs = -torch.rand(50, generator=generator)
-    old = logprobs + 0.5 * torch.randn(50, generator=generator)
-    return [logprobs, old, torch.randn(50, generator=generator), torch.rand(50, generator=generator) < 0.8]
+    return LossTokens(
+        logprobs_T=logprobs.requires_grad_(),
+        old_logprobs_T=logprobs.detach() + 0.5 * torch.randn(50, generator=generator),
+        advantages_T=torch.randn(50, generator=generator),
+        mask_T=torch.rand(50, generator=generator) < 0.8,
+        weights_T=torch.rand(50, generator=generator),
+        trajectory_T=torch.arange(50) // 5,
+        importance_T=importance,
+        selected_T=selected,
+    )
 
 
 CHOSEN = torch.arange(50) % 3 == 0
+SECTIONS = [
+    (
+        LossConfig(eps_low=0.1, eps_high=0.3, dual_clip=1.5, logratio_clamp=0.9),
+        {"eps_low": 0.1, "eps_high": 0.3, "dual_clip": 1.5, "logratio_clamp": 0.9},
+    ),
+    (LossConfig(name="clip_cov", clip_cov=ClipCovConfig(eps_low=0.3, eps_high=0.4)), {"eps_low": 0.3, "eps_high": 0.4}),
+    (
+        LossConfig(name="kl_cov", kl_cov=KlCovConfig(beta=0.7, kl=KlKind.k3), logratio_clamp=0.8),
+        {"beta": 0.7, "kl": "k3", "logratio_clamp": 0.8},
+    ),
+    (
+        LossConfig(name="gspo", gspo=GspoConfig(eps_low=0.02, eps_high=0.03), dual_clip=1.2),
+        {"eps_low": 0.02, "eps_high": 0.03, "dual_clip": 1.2},
+    ),
+    (LossConfig(name="cispo", cispo=CispoConfig(eps_low=0.5, eps_high=0.1)), {"eps_low": 0.5, "eps_high": 0.1}),
+]
 
 
-@pytest.mark.parametrize(
-    ("config", "selected", "options"),
-    [
-        (
-            LossConfig(eps_low=0.1, eps_high=0.3, dual_clip=1.5, logratio_clamp=0.9),
-            None,
-            {"eps_low": 0.1, "eps_high": 0.3, "dual_clip": 1.5, "logratio_clamp": 0.9},
-        ),
-        (
-            LossConfig(name="clip_cov", clip_cov=ClipCovConfig(eps_low=0.3, eps_high=0.4)),
-            CHOSEN,
-            {"eps_low": 0.3, "eps_high": 0.4},
-        ),
-        (
-            LossConfig(name="kl_cov", kl_cov=KlCovConfig(beta=0.7, kl=KlKind.k3), logratio_clamp=0.8),
-            CHOSEN,
-            {"beta": 0.7, "kl": "k3", "logratio_clamp": 0.8},
-        ),
-    ],
-    ids=["ppo", "clip_cov", "kl_cov"],
-)
-def test_the_section_reaches_the_op(config, selected, options):
-    expected, _ = policy_loss(*batch(), loss=config.name, selected_T=selected, **options)
-    ours, _ = LOSSES.get(config.name)(*batch(), selected_T=selected, config=config)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
-    plain, _ = LOSSES.get(config.name)(*batch(), selected_T=selected, config=LossConfig(name=config.name))
+@pytest.mark.parametrize(("config", "options"), SECTIONS, ids=lambda x: x.name if isinstance(x, LossConfig) else "")
+def test_the_section_reaches_the_op(config, options):
+    given = tokens(CHOSEN if config.name in ("clip_cov", "kl_cov") else None, importance=torch.rand(50))
+    expected_T, _ = policy_loss(
+        given.logprobs_T,
+        given.old_logprobs_T,
+        given.advantages_T,
+        given.mask_T,
+        loss=config.name,
+        selected_T=given.selected_T,
+        trajectory_T=given.trajectory_T if config.name == "gspo" else None,
+        **options,
+    )
+    ours, _ = LOSSES.get(config.name)(given, config)
+    # `aggregate` is what a loss of one's own uses, the fused op what the built-in ones do.
+    torch.testing.assert_close(ours, given.aggregate(expected_T), rtol=1e-6, atol=1e-7)
+    plain, _ = LOSSES.get(config.name)(given, LossConfig(name=config.name))
     assert not torch.equal(ours, plain)
 
 
 def test_every_loss_is_registered():
-    assert sorted(LOSSES) == ["clip_cov", "kl_cov", "ppo"]
+    assert sorted(LOSSES) == ["cispo", "clip_cov", "gspo", "kl_cov", "ppo"]
     for name in LOSSES:
         assert validate_loss(LossConfig(name=name), updates_per_rollout=4) == []
 
@@ -79,6 +105,18 @@ def test_kl_cov_on_policy_warns():
         ({"kl_cov": KlCovConfig(beta=2.0)}, "loss.kl_cov.beta has no effect with loss.name=ppo, got 2.0"),
         ({"cov_scope": CovScope.micro}, "loss.cov_scope has no effect with loss.name=ppo, got 'micro'"),
         ({"cov_logp": CovLogp.current}, "loss.cov_logp has no effect with loss.name=ppo, got 'current'"),
+        ({"gspo": GspoConfig(eps_low=1e-3)}, "loss.gspo.eps_low has no effect with loss.name=ppo, got 0.001"),
+        ({"name": "gspo", "cispo": CispoConfig(eps_high=1.0)}, "loss.cispo.eps_high has no effect .*=gspo, got 1.0"),
+        ({"name": "gspo", "eps_high": 0.3}, "loss.eps_high has no effect with loss.name=gspo, got 0.3"),
+        ({"name": "cispo", "dual_clip": 3.0}, "loss.dual_clip has no effect with loss.name=cispo, got 3.0"),
+        ({"name": "cispo", "cispo": CispoConfig(eps_low=2.0)}, r"loss.cispo.eps_low must be in \[0, 1\], got 2.0"),
+        ({"cov_mass": 0.5}, "loss.cov_mass has no effect with loss.name=ppo, got 0.5"),
+        ({"name": "kl_cov", "cov_mass": 1.5}, r"loss.cov_mass must be in \(0, 1\], got 1.5"),
+        ({"mismatch": MismatchConfig(cap=3.0)}, "loss.mismatch.cap has no effect with loss.mismatch.weight=none"),
+        ({"mismatch": MismatchConfig(upper=3.0)}, "loss.mismatch.upper has no effect with loss.mismatch.reject=none"),
+        ({"mismatch": MismatchConfig(weight=RatioLevel.token, cap=0.5)}, "loss.mismatch.cap must be 1 or above"),
+        ({"mismatch": MismatchConfig(weight=RatioLevel.token, cap=None)}, "loss.mismatch.cap must be a number"),
+        ({"mismatch": MismatchConfig(reject=RatioLevel.token, lower=1.5)}, "lower and upper must enclose 1"),
         ({"name": "kl_cov", "dual_clip": 3.0}, "loss.dual_clip has no effect with loss.name=kl_cov, got 3.0"),
         ({"name": "kl_cov", "eps_high": 0.3}, "loss.eps_high has no effect with loss.name=kl_cov, got 0.3"),
         ({"name": "clip_cov", "eps_low": 0.3}, "loss.eps_low has no effect with loss.name=clip_cov, got 0.3"),
