@@ -37,6 +37,10 @@ class LawFit:
     a: float
     """Conversion rate: dR/dH = -a exp(H), a fraction of accuracy per unit of exp(H)."""
     b: float
+    a_se: float
+    """Standard error of a, sqrt(s2 / Sxx)."""
+    b_se: float
+    """Standard error of b, sqrt(s2 (1/n + Xbar^2 / Sxx))."""
     ceiling: float
     """b - a, the accuracy at H = 0, as a fraction."""
     ceiling_se: float
@@ -102,6 +106,8 @@ def fit_law(
     return LawFit(
         a=a,
         b=b,
+        a_se=math.sqrt(s2 / sxx),
+        b_se=math.sqrt(s2 * (1 / n + mean_x**2 / sxx)),
         ceiling=b - a,
         ceiling_se=math.sqrt(s2 * (1 / n + (1 - mean_x) ** 2 / sxx)),
         s2=s2,
@@ -134,17 +140,23 @@ def _checked(
     return H, R, w
 
 
-def active_interventions(*, estimator: str, policy_loss: str, entropy_coef: float) -> tuple[str, ...]:
+def active_interventions(
+    *, estimator: str, policy_loss: str, entropy_coef: float, kl_coef: float, controlled: bool
+) -> tuple[str, ...]:
     """What of a run's settings acts on the entropy, so that its law is not the plain one (spec C4).
 
     Args:
         estimator: Name of the advantage estimator; ``qae`` counts.
         policy_loss: Name of the policy loss; ``clip_cov`` and ``kl_cov`` count.
         entropy_coef: Coefficient of the entropy bonus; any but 0 counts.
+        kl_coef: Coefficient of the KL to the reference model; any but 0 counts.
+        controlled: Whether a controller holds the entropy at a target.
     """
     found = [estimator] if estimator == "qae" else []
     found += [policy_loss] if policy_loss in ("clip_cov", "kl_cov") else []
     found += ["entropy bonus"] if entropy_coef else []
+    found += ["reference KL"] if kl_coef else []
+    found += ["entropy controller"] if controlled else []
     return tuple(found)
 
 
@@ -167,10 +179,15 @@ def predict_early(
     accuracy: ArrayLike,
     *,
     share: float = EARLY_SHARE,
+    steps: Sequence[int] | None = None,
     weights: ArrayLike | None = None,
     interventions: Sequence[str] = (),
 ) -> EarlyPrediction:
-    """Fits the first ``ceil(share n)`` points (three at least) and predicts the later ones from their entropies.
+    """Fits the first points (three at least) and predicts the later ones from their entropies.
+
+    Args:
+        share: Of the steps up to the last point where `steps` are given, else of the points: ``ceil(share n)``.
+        steps: int [n], the step of every point, rising.
 
     Raises:
         ValueError: no point is left to predict, or as for `fit_law`.
@@ -179,7 +196,10 @@ def predict_early(
         raise ValueError(f"share must be in (0, 1), got {share!r}")
     H, R, w = _checked(entropy, accuracy, weights)
     # A share such as 0.15 times 20 must not come to four by the last bit.
-    first = max(math.ceil(share * len(H) - 1e-9), MIN_POINTS)
+    first = math.ceil(share * len(H) - 1e-9)
+    if steps is not None:
+        first = sum(step <= share * steps[-1] + 1e-9 for step in steps)
+    first = max(first, MIN_POINTS)
     if first >= len(H):
         raise ValueError(f"the early prediction needs more than {first} points, got {len(H)}")
     fit = fit_law(H[:first], R[:first], weights=w[:first], interventions=interventions)
@@ -200,8 +220,10 @@ class LawReport:
     """Measured minus predicted by the fit of the earlier points alone, a fraction."""
     one_step_rmse: float | None
     """Root mean square of `one_step_error` so far."""
+    held_against: LawFit | None
+    """The law whose ceiling R must not pass; None where none has a ceiling to pass yet."""
     above_ceiling: bool
-    """R lies above ceiling + 3 se of the law it is held against."""
+    """R lies above ceiling + 3 se of `held_against`."""
     broken: bool
     """Event: R has now been above for `patience` points in a row; true once a stretch."""
 
@@ -255,7 +277,8 @@ class LawMonitor:
         error = None if before is None else accuracy - float(before.predict(entropy))
         if error is not None:
             self._squared_errors.append(error * error)
-        above = self._is_above(accuracy)
+        held = self._held_against()
+        above = held is not None and accuracy > held.ceiling + 3 * held.ceiling_se
         self.stretch = self.stretch + 1 if above else 0
         self.points.append((int(step), float(entropy), float(accuracy), int(num_eval)))
         rmse = math.sqrt(sum(self._squared_errors) / len(self._squared_errors)) if self._squared_errors else None
@@ -263,6 +286,7 @@ class LawMonitor:
             fit=self._fit(self.points),
             one_step_error=error,
             one_step_rmse=rmse,
+            held_against=held,
             above_ceiling=above,
             broken=self.stretch == self.patience,
         )
@@ -273,11 +297,9 @@ class LawMonitor:
         _, entropy, accuracy, num_eval = zip(*points, strict=True)
         return fit_law(entropy, accuracy, weights=num_eval, interventions=self.interventions)
 
-    def _is_above(self, accuracy: float) -> bool:
+    def _held_against(self) -> LawFit | None:
         law = self.reference or self._fit(self.points[: len(self.points) - self.stretch])
-        if law is None or law.span < MIN_SPAN or law.a <= 0:
-            return False
-        return accuracy > law.ceiling + 3 * law.ceiling_se
+        return None if law is None or law.span < MIN_SPAN or law.a <= 0 else law
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, as a checkpoint or JSON keeps them."""

@@ -27,6 +27,11 @@ def assert_matches(fit, expected):
 def test_fit_of_all_points():
     fit = fit_law(CASE["H_nats"], CASE["R_noisy"])
     assert_matches(fit, CASE["fit_all"])
+    # Least squares as numpy does it, with its covariance of the coefficients scaled by s2.
+    (slope, offset), spread = np.polyfit(np.exp(CASE["H_nats"]), CASE["R_noisy"], 1, cov=True)
+    assert math.isclose(-slope, fit.a, rel_tol=1e-9)
+    assert math.isclose(offset, fit.b, rel_tol=1e-9)
+    np.testing.assert_allclose([fit.a_se, fit.b_se], np.sqrt(np.diag(spread)), rtol=1e-9)
     assert fit.valid
     assert fit.p_value < 1e-12
 
@@ -105,9 +110,11 @@ def test_bad_points_are_refused(entropy, accuracy, weights, word):
 
 
 def test_interventions_of_a_run():
-    assert active_interventions(estimator="grpo", policy_loss="ppo", entropy_coef=0.0) == ()
-    found = active_interventions(estimator="qae", policy_loss="kl_cov", entropy_coef=0.01)
-    assert found == ("qae", "kl_cov", "entropy bonus")
+    assert (
+        active_interventions(estimator="grpo", policy_loss="ppo", entropy_coef=0.0, kl_coef=0.0, controlled=False) == ()
+    )
+    found = active_interventions(estimator="qae", policy_loss="kl_cov", entropy_coef=0.01, kl_coef=0.1, controlled=True)
+    assert found == ("qae", "kl_cov", "entropy bonus", "reference KL", "entropy controller")
 
 
 @pytest.mark.parametrize(

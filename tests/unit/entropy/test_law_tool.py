@@ -14,7 +14,7 @@ from megatron_rlvr.entropy.law import fit_law
 from megatron_rlvr.report.metrics_writer import MetricsWriter
 
 ROOT = Path(__file__).parents[3]
-CONFIG = "advantage: {{estimator: {estimator}}}\nloss: {{name: ppo, entropy_coef: 0.0}}\n"
+CONFIG = "advantage: {{estimator: {estimator}}}\nloss: {{name: ppo, entropy_coef: 0.0, kl_coef: 0.0}}\n"
 ENTROPIES = np.linspace(1.0, 0.1, 20)
 
 
@@ -53,7 +53,8 @@ def test_table_and_page_of_two_runs(tmp_path):
     fit = fit_law(*zip(*points, strict=True))
     heading, one, two, drawn = done.stdout.splitlines()
     assert heading.split()[:4] == ["run", "points", "a", "b"]
-    assert one.split()[:4] == ["grpo/one", "11", f"{fit.a:.3g}", f"{fit.b:.3g}"]
+    assert one.split()[:5] == ["grpo/one", "11", f"{fit.a:.3g}", "±", f"{fit.a_se:.3g}"]
+    assert f"{fit.b:.3g} ± {fit.b_se:.3g}" in one
     assert f"{fit.ceiling:.1%} ± {fit.ceiling_se * 100:.1f}" in one
     assert one.rstrip().endswith("holds")
     assert "active: qae" in two
