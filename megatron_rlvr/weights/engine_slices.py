@@ -92,7 +92,7 @@ def engine_boxes(kind: Kind, part: int, hf_shape: tuple[int, ...], tp: int, grou
             step = hf_shape[0] * sharers // tp
             return tuple(axis_box(hf_shape, 0, rank // sharers * step, step) for rank in range(tp))
         case Kind.vocab:
-            step = _padded_vocab(hf_shape[0], tp) // tp
+            step = padded_vocab(hf_shape[0], tp) // tp
             starts = [min(rank * step, hf_shape[0]) for rank in range(tp + 1)]
             return tuple(
                 axis_box(hf_shape, 0, start, stop - start) if stop > start else None for start, stop in pairwise(starts)
@@ -100,7 +100,7 @@ def engine_boxes(kind: Kind, part: int, hf_shape: tuple[int, ...], tp: int, grou
     raise AssertionError(f"{kind} is unknown")
 
 
-def _padded_vocab(vocab_size: int, tp: int) -> int:
+def padded_vocab(vocab_size: int, tp: int) -> int:
     """Rows that SGLang's VocabParallelEmbedding spreads over ranks."""
     padded = -(-vocab_size // _VOCAB_PADDING) * _VOCAB_PADDING
     multiple = _VOCAB_PADDING if padded % tp == 0 else _VOCAB_PADDING * tp

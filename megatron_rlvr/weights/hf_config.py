@@ -142,15 +142,6 @@ class ModelShape:
         raise AssertionError(f"no symbol {symbol!r}")
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder (or of the file itself).
-
-    Raises:
-        ValueError: where the folder or file is missing or is no JSON object; the message names the path.
-    """
-    return _read_json(Path(path))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     if path.is_dir():
         path = path / "config.json"

@@ -45,6 +45,13 @@ def intersect(left: Box, right: Box) -> Box | None:
     return common if all(start < stop for start, stop in common) else None
 
 
+def shift_box(box: Box, origin: Box, target: Box) -> Box:
+    """Moves a rectangle from the coordinates in which its frame is ``origin`` to those in which it is ``target``."""
+    return tuple(
+        (start - o + t, stop - o + t) for (start, stop), (o, _), (t, _) in zip(box, origin, target, strict=True)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class SliceMap:
     """A rectangle of a Hugging Face tensor that is, unturned, a rectangle of a Megatron shard."""

@@ -31,7 +31,16 @@ from megatron_rlvr.weights.layout import Layout
 from megatron_rlvr.weights.mapping import Mapping
 from megatron_rlvr.weights.safetensors_io import CheckpointError
 from megatron_rlvr.weights.safetensors_writer import copy_companions
-from megatron_rlvr.weights.slices import Box, ShardSpec, SliceMap, SliceReader, box_shape, intersect, load_shard
+from megatron_rlvr.weights.slices import (
+    Box,
+    ShardSpec,
+    SliceMap,
+    SliceReader,
+    box_shape,
+    intersect,
+    load_shard,
+    shift_box,
+)
 from megatron_rlvr.weights.torch_dist_names import GlobalParam, global_params, layers_differ
 from megatron_rlvr.weights.torch_dist_reader import CONFIG_FILE, HF_FOLDER, METADATA_FILE
 
@@ -179,12 +188,12 @@ class TorchDistWriter:
                 slices.append(
                     SliceMap(
                         piece.hf_name,
-                        _shift(common, piece.shard_box, piece.hf_box),
-                        _shift(common, box, tuple((0, stop - start) for start, stop in box)),
+                        shift_box(common, piece.shard_box, piece.hf_box),
+                        shift_box(common, box, tuple((0, stop - start) for start, stop in box)),
                     )
                 )
         padding = [
-            _shift(common, box, tuple((0, stop - start) for start, stop in box))
+            shift_box(common, box, tuple((0, stop - start) for start, stop in box))
             for rows in whole.padding
             if (common := intersect(rows, box)) is not None
         ]
@@ -248,10 +257,3 @@ class TorchDistWriter:
                     continue
                 done[entry["unit"]] = entry["items"]
         return done
-
-
-def _shift(box: Box, origin: Box, target: Box) -> Box:
-    """Moves a rectangle from the coordinates in which its frame is ``origin`` to those in which it is ``target``."""
-    return tuple(
-        (start - o + t, stop - o + t) for (start, stop), (o, _), (t, _) in zip(box, origin, target, strict=True)
-    )

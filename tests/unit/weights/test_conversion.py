@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,54 @@ def test_round_trip_is_bit_exact(family: str, layout: Layout, model_folder: Mode
     assert json.loads((back / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     assert (back / "generation_config.json").read_bytes() == (folder / "generation_config.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "mcore"]
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "one_token": {"model_type": "qwen2", "vocab_size": 1},
+    "one_kv_head": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 6, "layout": Layout(pp=4)},
+    "one_head": {"model_type": "mistral", "num_attention_heads": 1, "num_key_value_heads": 1, "layout": Layout(pp=2)},
+    "every_head_its_own": {"model_type": "qwen2", "num_key_value_heads": 6, "tie_word_embeddings": True},
+    "wide_heads": {"model_type": "qwen3", "head_dim": 32, "vocab_size": 257},
+    "heads_that_do_not_divide": {"model_type": "mistral", "hidden_size": 40, "head_dim": 2},
+    "no_head_dim": {"model_type": "llama", "head_dim": None, "vocab_size": 129},
+    "three_ranks": {"model_type": "qwen3", "num_key_value_heads": 3, "layout": Layout(tp=3, pp=2)},
+    "three_experts": {"model_type": "qwen3_moe", "num_experts": 3, "layout": Layout(ep=3, tp=2)},
+    "one_expert": {"model_type": "qwen3_moe", "num_experts": 1, "num_experts_per_tok": 1},
+    "every_second_layer": {"model_type": "qwen3_moe", "decoder_sparse_step": 2, "layout": Layout(pp=2, ep=2, etp=2)},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_shapes_survive_the_round_trip(name: str, tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "vocab_size": 151,
+        "hidden_size": 24,
+        "intermediate_size": 12,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 64,
+        "sliding_window": None,
+        **ODD[name],
+    }
+    layout = config.pop("layout", Layout(tp=2, pp=2))
+    if config["model_type"] == "qwen3_moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "norm_topk_prob": True}
+        config = experts | config
+    if config["model_type"] == "llama":
+        del config["sliding_window"]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    shapes = Mapping(ModelShape.from_hf(config), layout=Layout(), naming="local").hf_tensors()
+    tensors = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, source / "model.safetensors")
+    written = load_file(to_hf(to_megatron(source, tmp_path / "mcore", layout), tmp_path / "back") / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

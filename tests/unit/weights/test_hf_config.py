@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rlvr.weights.hf_config import ModelShape, read_config
+from megatron_rlvr.weights.hf_config import ModelShape
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "models"
 
@@ -131,4 +131,4 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         ModelShape.from_hf(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object, got list"):
-        read_config(tmp_path)
+        ModelShape.from_hf(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,68 @@ def test_every_element_is_covered_exactly_once(model: str) -> None:
         assert coverage.num_padding_elements == padding * (1 if shape.tie_embeddings else 2)
         tied_copy = mapping.padded_vocab_size * shape.hidden_size if shape.tie_embeddings and layout.pp > 1 else 0
         assert coverage.num_duplicate_elements == tied_copy
+
+
+LLAMA_32 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+# Published models that do not ship: a shipped one of the same family, sizes, other fields, elements.
+OTHERS: dict[str, tuple[str, tuple[int, ...], dict[str, Any], int]] = {
+    "Qwen2.5-0.5B": (
+        "qwen2.5-7b",
+        (896, 4864, 24, 14, 2),
+        {"vocab_size": 151936, "tie_word_embeddings": True},
+        494_032_768,
+    ),
+    "Qwen2.5-72B": ("qwen2.5-7b", (8192, 29568, 80, 64, 8), {}, 72_706_203_648),
+    "Qwen2.5-Math-7B": ("qwen2.5-7b", (3584, 18944, 28, 28, 4), {"rope_theta": 1e4}, 7_615_616_512),
+    "Qwen3-1.7B": ("qwen3-8b", (2048, 6144, 28, 16, 8), {"tie_word_embeddings": True}, 1_720_574_976),
+    "Qwen3-4B": ("qwen3-8b", (2560, 9728, 36, 32, 8), {"tie_word_embeddings": True}, 4_022_468_096),
+    "Qwen3-Coder-480B-A35B": (
+        "qwen3-30b-a3b",
+        (6144, 8192, 62, 96, 8),
+        {"num_experts": 160, "moe_intermediate_size": 2560},
+        480_154_875_392,
+    ),
+    "Llama-3.2-3B": (
+        "llama-3.1-8b",
+        (3072, 8192, 28, 24, 8),
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 128,
+            "rope_scaling": LLAMA_32 | {"original_max_position_embeddings": 8192},
+        },
+        3_212_749_824,
+    ),
+    "Llama-3.1-405B": ("llama-3.1-8b", (16384, 53248, 126, 128, 8), {}, 405_853_388_800),
+    "TinyLlama-1.1B": (
+        "llama-3.1-8b",
+        (2048, 5632, 22, 32, 4),
+        {"vocab_size": 32000, "rope_scaling": None},
+        1_100_048_384,
+    ),
+    "Mistral-Nemo-12B": (
+        "mistral-7b-v0.3",
+        (5120, 14336, 40, 32, 8),
+        {"vocab_size": 131072, "head_dim": 128},
+        12_247_782_400,
+    ),
+    "Mistral-Small-24B": (
+        "mistral-7b-v0.3",
+        (5120, 32768, 40, 32, 8),
+        {"vocab_size": 131072, "head_dim": 128},
+        23_572_403_200,
+    ),
+}
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_models_that_do_not_ship_are_covered_too(model: str) -> None:
+    like, sizes, fields, elements = OTHERS[model]
+    config = json.loads((CONFIGS / f"{like}.json").read_text()) | dict(zip(SIZES, sizes, strict=True)) | fields
+    shape = ModelShape.from_hf(config)
+    for layout in (Layout(tp=2, pp=2), Layout(ep=8) if shape.num_experts else Layout(pp=2)):
+        mapping = Mapping(shape, layout=layout, naming="te", grouped_experts=shape.num_experts > 0)
+        assert mapping.prove_complete().num_hf_elements == elements
 
 
 @pytest.mark.usefixtures("_torchvision_ops")
