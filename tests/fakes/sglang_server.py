@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -74,6 +74,7 @@ class FakeSGLang(Generation):
         version_spans: whether meta_info carries ``weight_versions`` (0.5.21 and later).
         join_groups: whether init_weights_update_group really joins a gloo group and receives tensors.
         tp_size, dp_size, version, weight_version: what model_info and server_info report.
+        settings: more that server_info reports.
         port: 0 picks a free one.
     """
 
@@ -93,6 +94,7 @@ class FakeSGLang(Generation):
         version: str = "0.5.21",
         weight_version: str = "default",
         model_path: str = "/models/fake",
+        settings: Mapping[str, Any] | None = None,
         port: int = 0,
     ) -> None:
         self.next_token, self.decode, self.encode = next_token, decode, encode
@@ -100,6 +102,7 @@ class FakeSGLang(Generation):
         self.session_endpoints, self.version_spans, self.join_groups = session_endpoints, version_spans, join_groups
         self.tp_size, self.dp_size, self.version, self.model_path = tp_size, dp_size, version, model_path
         self.weight_version = weight_version
+        self.settings = dict(settings or {})
         self.calls: list[Call] = []
         """Every request received, in order."""
         self.updates = 0
@@ -149,6 +152,7 @@ class FakeSGLang(Generation):
         self._stopping = asyncio.Event()
         self._unpaused = asyncio.Event()
         self._unpaused.set()
+        self._healed = asyncio.Event()
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._dispatch)
         runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True, access_log=None)
@@ -175,8 +179,13 @@ class FakeSGLang(Generation):
         self._faults[path.strip("/")] = _Fault(kind=kind, times=times, delay_s=delay_s)
 
     def heal(self) -> None:
-        """Ends all faults. Requests that already hang stay hanging."""
+        """Ends all faults; requests that hang are answered now, as by a process that was stopped and goes on."""
         self._faults.clear()
+        self._loop.call_soon_threadsafe(self._go_on)
+
+    def _go_on(self) -> None:
+        self._healed.set()
+        self._healed = asyncio.Event()
 
     def count(self, path: str) -> int:
         """Requests received at ``path``."""
@@ -212,7 +221,7 @@ class FakeSGLang(Generation):
                 del self._faults[key]
         match fault.kind:
             case Fault.hang:
-                await asyncio.Event().wait()
+                await self._healed.wait()
             case Fault.error:
                 return web.Response(text="Internal Server Error", status=500)
             case Fault.garbage:
@@ -226,6 +235,9 @@ class FakeSGLang(Generation):
                 request.transport.abort()
                 return web.Response()
         return None
+
+    async def _on_freeze_gc(self, body: dict[str, Any]) -> web.Response:
+        return web.Response(text="Garbage collection frozen.\n")
 
     # information
 
@@ -253,6 +265,7 @@ class FakeSGLang(Generation):
                 "pp_size": 1,
                 "enable_dp_attention": False,
                 "version": self.version,
+                **self.settings,
             }
         )
 
