@@ -6,6 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+LAW_ENTROPY_KEYS = ("entropy/sequence_mean", "entropy/mean")
+"""Metrics that the law R = -a exp(H) + b takes its entropy from: as the paper has it or, where a run has not, over
+tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -64,7 +68,23 @@ class Min:
         return self.smallest
 
 
-Metric = Mean | Sum | Max | Min
+@dataclass(frozen=True, slots=True)
+class EffectiveShare:
+    """Kish's effective sample size of weights w as a share of their number: (sum w)^2 / (n sum w^2), in (0, 1]."""
+
+    total: float
+    squares: float
+    count: float
+
+    def merge(self, other: EffectiveShare) -> EffectiveShare:
+        return EffectiveShare(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.total**2 / (self.count * self.squares) if self.squares else math.nan
+
+
+Metric = Mean | Sum | Max | Min | EffectiveShare
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

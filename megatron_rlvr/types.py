@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+
+class Stateful(Protocol):
+    """Something whose state belongs into a checkpoint: controllers, monitors, windows of metrics.
+
+    The state pickles and holds plain Python and numpy values only; every rank holds the same.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
 
 
 class FinishReason(str, Enum):
@@ -165,6 +176,10 @@ class MicroBatch:
     """int64 [T] index of the response in the optimizer step's canonical order, -1 on padding."""
     response_position_T: torch.Tensor
     """int64 [T] index of the target inside its response, -1 where not masked."""
+    sources: list[str]
+    """Data source of every sequence but the padding, in packing order; metrics are split by it."""
+    regimes: list[str]
+    """``hard``, ``easy`` or ``degenerate`` (spec A1) of every sequence's group, empty where nobody told."""
     old_logprobs_T: torch.Tensor | None = None
     """float32 [T] nats, the trainer's log-probs before the first update of this rollout batch."""
     ref_logprobs_T: torch.Tensor | None = None
@@ -187,5 +202,30 @@ class TensorMeta:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineAddress:
+    """One running server process."""
+
+    id: str
+    """The same over restarts of the server."""
+    url: str
+    num_ranks: int
+    """Engine ranks that join a weight-update group."""
+    restarts: int
+    """Another number under the same `id` is another process, with the weights that it was started with."""
+
+
 class EngineError(RuntimeError):
-    """A server refused, failed or did not answer in time."""
+    """A server refused, failed or did not answer in time.
+
+    Args:
+        url: the server that is to blame, where it is known.
+    """
+
+    def __init__(self, message: str, *, url: str | None = None) -> None:
+        super().__init__(message)
+        self.url = url
+
+
+class EngineSilentError(EngineError):
+    """A server took a request and did not answer in time."""
