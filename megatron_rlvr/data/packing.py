@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,10 @@ class PackedSequence:
     """float [R] nats, the engine's log-probs at sampling."""
     trajectory: int
     """Index of the response in the optimizer step's canonical order, >= 0."""
+    source: str = ""
+    """Data source of its prompt."""
+    regime: str = ""
+    """``hard``, ``easy`` or ``degenerate``, its group's (spec A1)."""
 
     @property
     def num_tokens(self) -> int:
@@ -233,6 +237,8 @@ def build_microbatch(sequences: Sequence[PackedSequence], *, pad_to_multiple: in
         rollout_logprobs_T=on_response(s.rollout_logprobs for s in sequences),
         trajectory_T=torch.from_numpy(trajectory_T),
         response_position_T=torch.from_numpy(response_position_T),
+        sources=[s.source for s in sequences],
+        regimes=[s.regime for s in sequences],
     )
 
 
@@ -272,26 +278,21 @@ def unpack_responses(values_T: torch.Tensor, microbatch: MicroBatch) -> dict[int
     return {int(trajectories[start]): part for start, part in zip(starts, np.split(packed, starts[1:]), strict=True)}
 
 
-def pack_responses(values: Mapping[int, np.ndarray], microbatch: MicroBatch) -> torch.Tensor:
-    """The inverse of `unpack_responses`: float32 [T] on the packing's device, zero outside of responses.
+def split_by_label(values_T: torch.Tensor, microbatch: MicroBatch, labels: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Values of the response tokens, by the label of their sequence.
 
-    Raises:
-        ValueError: a response of the micro-batch is missing, or its length differs.
+    Args:
+        values_T: [T], one value per packed position.
+        labels: [S] of the micro-batch's sequences, padding left out: ``microbatch.sources`` or ``.regimes``.
+
+    Returns:
+        Per label, in alphabetical order, its values [tokens of the label] in packing order.
     """
-    mask_T = microbatch.loss_mask_T.cpu().numpy()
-    trajectories = microbatch.trajectory_T.cpu().numpy()[mask_T]
-    starts = np.flatnonzero(microbatch.response_position_T.cpu().numpy()[mask_T] == 0)
-    packed_T = np.zeros(len(mask_T), dtype=np.float32)
-    if len(starts):
-        parts = []
-        for start, end in zip(starts, [*starts[1:], len(trajectories)], strict=True):
-            trajectory = int(trajectories[start])
-            if trajectory not in values:
-                raise ValueError(f"values must cover every response of the micro-batch, trajectory {trajectory} misses")
-            if len(values[trajectory]) != end - start:
-                raise ValueError(
-                    f"values of trajectory {trajectory} must have {end - start} entries, got {len(values[trajectory])}"
-                )
-            parts.append(values[trajectory])
-        packed_T[mask_T] = np.concatenate(parts)
-    return torch.from_numpy(packed_T).to(microbatch.tokens_T.device)
+    names = sorted(set(labels))
+    index_S = torch.tensor([names.index(label) for label in labels], dtype=torch.int64, device=values_T.device)
+    lengths_S = microbatch.cu_seqlens.diff()[: len(labels)].long()
+    # Padding, if any, lies behind all sequences.
+    index_T = index_S.repeat_interleave(lengths_S)
+    masked_T = microbatch.loss_mask_T[: len(index_T)]
+    values, index = values_T[: len(index_T)][masked_T], index_T[masked_T]
+    return {name: values[index == i] for i, name in enumerate(names)}

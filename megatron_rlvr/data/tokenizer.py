@@ -20,6 +20,9 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 
+REPLACEMENT = "\ufffd"
+"""Stands for bytes that do not make a character yet."""
+
 
 class Tokenizer:
     """Text to token ids and back.
@@ -124,6 +127,29 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """The text that every token adds, special tokens included; joined they are the whole text.
+
+        Of tokens that share one character the last one has it, the others are empty.
+        """
+        pieces: list[str] = []
+        anchor: list[int] = []
+        pending: list[int] = []
+        for token in ids:
+            pending.append(int(token))
+            # After the token before: some tokenizers drop a leading space at the start of a text.
+            before = self.decode(anchor, skip_special_tokens=False)
+            text = self.decode(anchor + pending, skip_special_tokens=False)[len(before) :]
+            if text.endswith(REPLACEMENT):
+                pieces.append("")
+                continue
+            pieces.append(text)
+            anchor, pending = pending, []
+        if pending:
+            before = self.decode(anchor, skip_special_tokens=False)
+            pieces[-1] = self.decode(anchor + pending, skip_special_tokens=False)[len(before) :]
+        return pieces
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text, ready for the assistant's turn; encode it without special tokens.

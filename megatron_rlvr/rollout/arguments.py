@@ -10,6 +10,8 @@ from megatron_rlvr.config.schema import DType, ServerConfig
 CPU_TOTAL_TOKENS = 16384
 """KV slots where `server.max_total_tokens` is null and there is no GPU; SGLang would take most of the RAM."""
 CPU_RUNNING_REQUESTS = 64
+WEIGHT_LOADER = "megatron_rlvr.sync.engine_loader.load"
+"""Takes weights slice by slice inside a server's ranks; the name is `sync.engine_loader.LOADER`."""
 
 OWNED_FLAGS = {
     "--model-path": "model.path",
@@ -26,7 +28,9 @@ OWNED_FLAGS = {
     "--max-running-requests": "rollout.server.max_running_requests",
     "--base-gpu-id": "rollout.server.base_gpu_id",
     "--weight-version": "the version counter",
-    "--api-key": "nothing: the client sends no key",
+    "--enable-deterministic-inference": "rollout.server.deterministic",
+    "--custom-weight-loader": "the trainer's own loader",
+    "--api-key": "rollout.api_key_file",
 }
 """SGLang flags that `rollout.server.extra_args` may not set, and what sets them instead."""
 
@@ -48,8 +52,11 @@ TRAINER_PREFIX = "TORCHELASTIC_"
 """Likewise; with TORCHELASTIC_USE_AGENT_STORE a server would wait for ever for a store that nobody opens."""
 
 
-def check_server(config: ServerConfig) -> None:
-    """Refuses values that no server could start with.
+def check_server(config: ServerConfig, *, gpu: bool) -> None:
+    """Refuses values that no server could start with, or that would be ignored.
+
+    Args:
+        gpu: whether servers run on GPUs.
 
     Raises:
         ValueError: naming the field and the value.
@@ -69,6 +76,10 @@ def check_server(config: ServerConfig) -> None:
         raise ValueError(f"rollout.server.max_restarts must not be negative, got {config.max_restarts}")
     if config.base_gpu_id < 0:
         raise ValueError(f"rollout.server.base_gpu_id must not be negative, got {config.base_gpu_id}")
+    if config.deterministic and not gpu:
+        raise ValueError(
+            "rollout.server.deterministic has no effect on a CPU, where rollouts follow their seeds anyway"
+        )
     for arg in config.extra_args:
         flag = arg.partition("=")[0]
         if flag in OWNED_FLAGS:
@@ -76,7 +87,15 @@ def check_server(config: ServerConfig) -> None:
 
 
 def server_arguments(
-    config: ServerConfig, *, model_path: str, dtype: DType, port: int, index: int, gpu: bool, parent_pid: int
+    config: ServerConfig,
+    *,
+    model_path: str,
+    dtype: DType,
+    port: int,
+    index: int,
+    gpu: bool,
+    parent_pid: int,
+    api_key_file: str | None = None,
 ) -> list[str]:
     """argv of one SGLang server.
 
@@ -88,16 +107,22 @@ def server_arguments(
         index: which of the ``num_servers * dp`` engines; picks its GPUs.
         gpu: whether it runs on a GPU.
         parent_pid: the process with which the server shall end.
+        api_key_file: file with the key that it wants; None: none.
     """
     argv = [sys.executable, "-m", "megatron_rlvr.rollout.launcher", "--parent-pid", str(parent_pid)]
+    argv += _key_arguments(api_key_file)
     argv += ["--model-path", model_path, "--host", config.host, "--port", str(port)]
     argv += ["--dtype", dtype.value, "--tp-size", str(config.tp)]
     argv += ["--mem-fraction-static", str(config.mem_fraction)]
     # versions are policy versions; SGLang's own initial value, "default", is no number
     argv += ["--weight-version", "0", "--log-level-http", "warning"]
+    argv += ["--custom-weight-loader", WEIGHT_LOADER]
     total_tokens, running_requests = config.max_total_tokens, config.max_running_requests
     if gpu:
         argv += ["--base-gpu-id", str(config.base_gpu_id + index * config.tp)]
+        if api_key_file is not None:
+            argv += ["--skip-server-warmup"]  # SGLang's own first request does not know the key
+        argv += ["--enable-deterministic-inference"] if config.deterministic else []
     else:
         argv += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         argv += ["--disable-cuda-graph", "--skip-server-warmup"]
@@ -148,7 +173,15 @@ def bind_cores(cores: Sequence[int], num_ranks: int) -> str:
     return "|".join(",".join(map(str, group)) for group in groups)
 
 
-def router_arguments(*, host: str, port: int, worker_urls: Sequence[str], parent_pid: int) -> list[str]:
+def router_arguments(
+    *, host: str, port: int, worker_urls: Sequence[str], parent_pid: int, api_key_file: str | None = None
+) -> list[str]:
     """argv of the router before the servers."""
     argv = [sys.executable, "-m", "megatron_rlvr.rollout.router", "--parent-pid", str(parent_pid)]
+    argv += _key_arguments(api_key_file)
     return [*argv, "--host", host, "--port", str(port), "--worker-urls", *worker_urls]
+
+
+def _key_arguments(api_key_file: str | None) -> list[str]:
+    """The name of the key's file: the key itself would be in the process list."""
+    return [] if api_key_file is None else ["--api-key-file", api_key_file]

@@ -12,16 +12,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 import numpy as np
 import orjson
 
-from megatron_rlvr.rollout.answer import MalformedAnswerError, Sample, parse_answer, parse_version
-from megatron_rlvr.rollout.messages import RolloutError, Sampling
+from megatron_rlvr.rollout import api_key, routing
+from megatron_rlvr.rollout.answer import MalformedAnswerError, Sample, parse_answer
+from megatron_rlvr.rollout.messages import RolloutError, Sampling, ServerTrouble
+from megatron_rlvr.rollout.routing import Placement, Server, ServerRouting, reason_of
 from megatron_rlvr.types import FinishReason
 
 logger = logging.getLogger(__name__)
@@ -29,9 +30,10 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
 """SGLang's own health check gives up after 20 s."""
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.25, 8.0
 RECOVERY_S = 10.0
 """How long a request waits for any server to come back before it fails."""
+SILENCE_S = 120.0
+"""For how long a server that has requests may say nothing at all."""
 
 
 class _AttemptError(Exception):
@@ -40,56 +42,22 @@ class _AttemptError(Exception):
     Args:
         reason: what happened.
         running: whether the server may still be generating, so that the attempt should be aborted there.
+        lost: whether the server's process may have ended.
     """
 
-    def __init__(self, reason: str, *, running: bool = False) -> None:
+    def __init__(self, reason: str, *, running: bool = False, lost: bool = False) -> None:
         super().__init__(reason)
         self.running = running
-
-
-class _Server:
-    """One address and what is known about it."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.load = 0
-        """Responses under way or planned here."""
-        self.failure: str | None = None
-        """Why it is out of routing; None while it is in."""
-
-
-class Placement:
-    """The responses of one prompt, planned on one server; entering it counts them as that server's load."""
-
-    def __init__(self, server: _Server, count: int) -> None:
-        self.server = server
-        self._count = count
-        self._left = 0
-
-    def __enter__(self) -> Placement:
-        self._left = self._count
-        self.server.load += self._left
-        return self
-
-    def release(self) -> None:
-        """One response is done (or goes elsewhere)."""
-        if self._left:
-            self._left -= 1
-            self.server.load -= 1
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.server.load -= self._left
-        self._left = 0
+        self.lost = lost
 
 
 class GenerationClient:
     """Client of one or several SGLang servers, or of a router in front of them.
 
     A request goes through the router, or without one to the least loaded healthy server. A server that fails (no
-    connection, timeout, HTTP 5xx, an answer that makes no sense, weights older than `min_version`) leaves the routing
-    and is probed until it is healthy and holds those weights; its requests are repeated elsewhere, or on it if there
-    is no other. What failed behind the router is repeated at the servers themselves: the router takes seconds to see
-    that one of them is dead.
+    connection, timeout, silence, HTTP 5xx, an answer that makes no sense, weights older than `min_version`) leaves the
+    routing (see `rollout.routing`); its requests are repeated elsewhere, or on it if there is no other. What failed
+    behind the router is repeated at the servers themselves: the router takes seconds to see that one of them is dead.
 
     Args:
         urls: base URLs of the servers.
@@ -97,7 +65,7 @@ class GenerationClient:
         concurrency: requests in flight over all servers.
         request_timeout_s: wall clock of one attempt, from sending to the last byte, in seconds.
         max_retries: further attempts after a failed one, and further attempts after an aborted one.
-        recovery_s: how long a request waits, in seconds, while no server is healthy.
+        recovery_s, silence_s, on_trouble: of `ServerRouting`.
 
     Example:
         >>> async with GenerationClient(["http://127.0.0.1:30000"], concurrency=8, ...) as client:
@@ -114,25 +82,28 @@ class GenerationClient:
         max_retries: int,
         router_url: str | None = None,
         recovery_s: float = RECOVERY_S,
+        silence_s: float = SILENCE_S,
+        on_trouble: Callable[[ServerTrouble], None] | None = None,
     ) -> None:
-        if not urls:
-            raise ValueError("rollout.urls must name at least one server, got none")
-        self.min_version = 0
-        """Lowest policy version whose tokens are taken."""
-        self._servers = [_Server(url) for url in urls]
-        self._router = None if router_url is None else _Server(router_url)
+        self.routing = ServerRouting(
+            urls,
+            router_url=router_url,
+            get=self._get,
+            recovery_s=recovery_s,
+            silence_s=silence_s,
+            on_trouble=on_trouble,
+        )
         self._slots = asyncio.Semaphore(concurrency)
         self._request_timeout_s = request_timeout_s
         self._max_retries = max_retries
-        self._recovery_s = recovery_s
-        self._recovered = asyncio.Event()
-        self._background: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(
+            headers=api_key.headers(),
             # The semaphore is the only limit. SGLang closes idle connections after 5 s; ours go first, so that no
             # request is written into a connection that is just being closed.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0),
             timeout=aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=CONNECT_TIMEOUT_S),
         )
+        self.routing.watch()
 
     async def __aenter__(self) -> GenerationClient:
         return self
@@ -142,10 +113,7 @@ class GenerationClient:
 
     async def close(self) -> None:
         """Closes all connections; requests still in flight are aborted by their servers."""
-        tasks = list(self._background)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.routing.close()
         await self._session.close()
 
     async def check(self) -> None:
@@ -154,97 +122,24 @@ class GenerationClient:
         Raises:
             RolloutError: one does not answer, or is no SGLang server; names it and the reason.
         """
-        routers = [] if self._router is None else [self._router]
-        await asyncio.gather(*(self._check_one(server) for server in [*routers, *self._servers]))
+        routing = self.routing
+        routers = [] if routing.router is None else [routing.router]
+        await asyncio.gather(*(self._check_one(server) for server in [*routers, *routing.servers]))
 
-    async def _check_one(self, server: _Server) -> None:
-        url, path = server.url, "/health" if server is self._router else "/model_info"
+    async def _check_one(self, server: Server) -> None:
+        url, path = server.url, "/health" if server is self.routing.router else "/model_info"
         try:
             status, body = await self._get(url + path)
             if path == "/model_info" and status == 404:
                 status, body = await self._get(url + "/get_model_info")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise RolloutError(f"server {url} cannot be reached: {_reason(error)}") from error
+            raise RolloutError(f"server {url} cannot be reached: {reason_of(error)}") from error
         if status != 200:
             raise RolloutError(f"server {url} answers {path} with HTTP {status}: {_excerpt(body)}")
 
-    # routing
-
     def place(self, count: int) -> Placement:
         """Plans ``count`` responses of one prompt on the router or the least loaded healthy server."""
-        if self._router is not None and self._router.failure is None:
-            return Placement(self._router, count)
-        return Placement(self._pick(avoid=None), count)
-
-    def _pick(self, *, avoid: _Server | None) -> _Server:
-        """Least loaded healthy server, not ``avoid`` if there is another; of all servers if none is healthy."""
-        healthy = [server for server in self._servers if server.failure is None]
-        return min(healthy or self._servers, key=lambda server: (server is avoid, server.load))
-
-    async def _healthy(self, preferred: _Server, *, avoid: _Server | None) -> _Server:
-        """``preferred`` while it is in routing, else another, waiting at most ``recovery_s`` for one."""
-        deadline = time.monotonic() + self._recovery_s
-        while True:
-            if preferred is not avoid and preferred.failure is None:
-                return preferred
-            server = self._pick(avoid=avoid)
-            if server.failure is None:
-                return server
-            self._recovered.clear()
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    await self._recovered.wait()
-            except TimeoutError:
-                down = "; ".join(f"{s.url}: {s.failure}" for s in self._servers)
-                raise RolloutError(f"no server has been healthy for {self._recovery_s:g} s ({down})") from None
-
-    def _take_out(self, server: _Server, reason: str) -> None:
-        if server.failure is None:
-            logger.warning("server %s leaves the routing: %s", server.url, reason)
-            self._spawn(self._probe(server))
-        server.failure = reason
-
-    async def _probe(self, server: _Server) -> None:
-        """Returns when the server is back in routing."""
-        delay = FIRST_BACKOFF_S
-        while (trouble := await self._trouble(server)) is not None:
-            server.failure = trouble
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, LAST_BACKOFF_S)
-        logger.warning("server %s is back in the routing", server.url)
-        server.failure = None
-        self._recovered.set()
-
-    async def _trouble(self, server: _Server) -> str | None:
-        """Why the server cannot be used, or None."""
-        try:
-            status, _ = await self._get(server.url + "/health")
-            if status != 200:
-                return f"/health answers HTTP {status}"
-            if server is self._router:
-                return None
-            status, body = await self._get(server.url + "/model_info")
-            if status == 404:
-                status, body = await self._get(server.url + "/get_model_info")
-            if status != 200:
-                return f"/model_info answers HTTP {status}"
-            version = parse_version(orjson.loads(body)["weight_version"])
-        except (aiohttp.ClientError, OSError) as error:
-            return _reason(error)
-        except (ValueError, KeyError, TypeError, MalformedAnswerError) as error:
-            return f"/model_info makes no sense: {_reason(error)}"
-        return self._stale(version)
-
-    def _stale(self, version: int) -> str | None:
-        """A server that was restarted holds the weights it was launched with until the next sync."""
-        if version >= self.min_version:
-            return None
-        return f"holds weights of policy version {version}, older than {self.min_version}"
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        return self.routing.place(count)
 
     # generation
 
@@ -258,7 +153,7 @@ class GenerationClient:
             sampling: temperature, lengths and stops.
             rid: request id, unique over the servers' lifetime and without ``.``; every attempt adds its own suffix.
             placement: where the responses of this prompt are planned.
-            seed: sampling seed; servers with deterministic inference honour it, others ignore it.
+            seed: sampling seed; honoured on a CPU and with ``rollout.server.deterministic``, else ignored.
 
         Returns:
             The response. Its finish reason is abort only when ``max_retries`` repetitions were aborted too; it then
@@ -276,9 +171,9 @@ class GenerationClient:
     async def _generate(self, body: dict[str, Any], rid: str, placement: Placement) -> Sample:
         failures: list[str] = []
         aborts = 0
-        avoid: _Server | None = None
+        avoid: Server | None = None
         while True:
-            server = await self._healthy(placement.server, avoid=avoid)
+            server = await self.routing.healthy(placement.server, avoid=avoid)
             moved = Placement(server, 1 if server is not placement.server else 0)
             # Servers abort by prefix of the id: the closing dot keeps attempt 1 from naming attempt 10.
             attempt_rid = f"{rid}.{len(failures) + aborts}."
@@ -289,7 +184,7 @@ class GenerationClient:
                 failures.append(f"{server.url}: {error}")
                 if error.running:
                     self._abort(server, attempt_rid)
-                self._take_out(server, str(error))
+                self.routing.take_out(server, str(error), lost=error.lost)
                 avoid = server
                 if len(failures) > self._max_retries:
                     raise RolloutError(
@@ -305,7 +200,7 @@ class GenerationClient:
             sample.retries, sample.aborts = len(failures), aborts
             return sample
 
-    async def _attempt(self, server: _Server, body: dict[str, Any], rid: str) -> Sample:
+    async def _attempt(self, server: Server, body: dict[str, Any], rid: str) -> Sample:
         """One request.
 
         Raises:
@@ -313,19 +208,28 @@ class GenerationClient:
             RolloutError: the server refuses the request itself (HTTP 4xx).
         """
         data = orjson.dumps({**body, "rid": rid}, option=orjson.OPT_SERIALIZE_NUMPY)
+        cut_off = asyncio.timeout(None)
+        server.requests.add(cut_off)
         try:
-            async with self._session.post(
-                server.url + "/generate", data=data, headers={"Content-Type": "application/json"}
-            ) as response:
+            async with (
+                cut_off,
+                self._session.post(
+                    server.url + "/generate", data=data, headers={"Content-Type": "application/json"}
+                ) as response,
+            ):
                 answer = await response.read()
         except aiohttp.ConnectionTimeoutError as error:
             raise _AttemptError(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
         except TimeoutError as error:
+            if cut_off.expired():
+                raise _AttemptError(server.failure or "was given up", running=True) from error
             raise _AttemptError(f"no answer within {self._request_timeout_s:g} s", running=True) from error
         except aiohttp.ClientConnectorError as error:
-            raise _AttemptError(_reason(error)) from error
+            raise _AttemptError(reason_of(error), lost=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _AttemptError(_reason(error), running=True) from error
+            raise _AttemptError(reason_of(error), running=True, lost=True) from error
+        finally:
+            server.requests.discard(cut_off)
         if response.status >= 500 or response.status in (408, 429):
             raise _AttemptError(f"HTTP {response.status}: {_excerpt(answer)}")
         if response.status != 200:
@@ -334,20 +238,21 @@ class GenerationClient:
             sample = parse_answer(answer)
         except MalformedAnswerError as error:
             raise _AttemptError(f"the answer makes no sense: {error}: {_excerpt(answer)}") from error
-        if (stale := self._stale(sample.weight_versions[0][0])) is not None:
+        if (stale := self.routing.stale(sample.weight_versions[0][0])) is not None:
             raise _AttemptError(stale)
+        self.routing.answered(server)
         return sample
 
     async def _back_off(self, count: int) -> None:
-        longest = min(FIRST_BACKOFF_S * 2 ** (count - 1), LAST_BACKOFF_S)
+        longest = min(routing.FIRST_BACKOFF_S * 2 ** (count - 1), routing.LAST_BACKOFF_S)
         # spread, so that the requests of a failed server do not return all at once
         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
 
-    def _abort(self, server: _Server, rid: str) -> None:
+    def _abort(self, server: Server, rid: str) -> None:
         """Frees the server of an attempt that nobody waits for any more."""
         # a router does not say which server has the request, and does not know aborts
-        for holder in self._servers if server is self._router else [server]:
-            self._spawn(self._abort_at(holder.url, rid))
+        for holder in self.routing.servers if server is self.routing.router else [server]:
+            self.routing.spawn(self._abort_at(holder.url, rid))
 
     async def _abort_at(self, url: str, rid: str) -> None:
         timeout = aiohttp.ClientTimeout(total=CONNECT_TIMEOUT_S)
@@ -355,10 +260,10 @@ class GenerationClient:
             async with self._session.post(url + "/abort_request", json={"rid": rid}, timeout=timeout) as response:
                 await response.read()
         except (aiohttp.ClientError, OSError) as error:
-            logger.info("abort of %s at %s failed: %s", rid, url, _reason(error))
+            logger.info("abort of %s at %s failed: %s", rid, url, reason_of(error))
 
-    async def _get(self, url: str) -> tuple[int, bytes]:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+    async def _get(self, url: str, limit_s: float | None = None) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=limit_s or HEALTH_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         async with self._session.get(url, timeout=timeout) as response:
             return response.status, await response.read()
 
@@ -382,10 +287,6 @@ def _body(input_ids: np.ndarray, sampling: Sampling, seed: int | None) -> dict[s
         "return_text_in_logprobs": False,
         "stream": False,
     }
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) or type(error).__name__
 
 
 def _excerpt(body: bytes) -> str:

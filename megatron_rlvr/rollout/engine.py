@@ -8,13 +8,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rlvr.rollout import wire
-from megatron_rlvr.types import EngineError, TensorMeta
+from packaging.version import InvalidVersion, Version
 
-PAUSE_MODES = ("in_place", "retract", "abort")
+from megatron_rlvr.rollout import wire
+from megatron_rlvr.types import EngineAddress, EngineError, EngineSilentError, TensorMeta
+
+FIRST_VERSION, VERSION_BEFORE = "0.5.17", "0.5.24"
+"""The range of SGLang's versions that this client was run with, the end not in it."""
+PAUSE_MODES = ("finish", "in_place", "retract", "abort")
 NO_FLUSH = {"flush_cache": False}
 """An update that flushes by itself kills the server (by an assertion of its scheduler) when a request is still there,
 and one is for a moment after its client hung up; /flush_cache is refused instead."""
+PLAIN_LAYOUT: dict[str, tuple[Any, ...]] = {
+    "pp_size": (1,),
+    "enable_dp_attention": (False, None),
+    "attn_cp_size": (1,),
+    "moe_dp_size": (1,),
+    "moe_dense_tp_size": (None,),
+    "dwdp_size": (1,),
+    "quantization": (None,),
+    "speculative_algorithm": (None,),
+    "enable_eplb": (False, None),
+    "ep_num_redundant_experts": (0, None),
+    "init_expert_location": ("trivial", None),
+    "moe_runner_backend": ("auto", "triton", None),
+    "load_format": ("auto", "safetensors", "pt", "dummy", None),
+}
+"""Server settings and the values with which a rank's weights are the plain slices of `weights.engine_slices`."""
+DTYPES = {
+    "float32": "float32",
+    "float": "float32",
+    "float16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+}
+"""What SGLang's --dtype may be, besides auto."""
 FLUSH_PATIENCE_S = 10.0
 RETRACT_PATIENCE_S = 0.5
 
@@ -31,6 +59,34 @@ class ServerInfo:
     version: str
     model_path: str
     weight_version: str
+    weight_loaders: tuple[str, ...]
+    """Dotted paths that `HttpEngine.update_from_tensors` may name."""
+    ep_size: int
+    """Expert-parallel size inside the tensor-parallel ranks."""
+    dtype: str | None
+    """Torch name of its parameters' type; None where it depends on the model's files."""
+    device: str
+    """Where it runs, as SGLang names it: cuda or cpu."""
+    odd_layout: tuple[str, ...]
+    """Settings that lay weights out in another way than tensor and expert parallelism do, as ``name=value``."""
+
+    @property
+    def address(self) -> EngineAddress:
+        """As a server that nobody else knows."""
+        return EngineAddress(id=self.url, url=self.url, num_ranks=self.num_ranks, restarts=0)
+
+    @property
+    def tried(self) -> bool:
+        """Whether its version is one that this client was run with."""
+        try:
+            return Version(FIRST_VERSION) <= Version(self.version) < Version(VERSION_BEFORE)
+        except InvalidVersion:
+            return False
+
+    def __str__(self) -> str:
+        """For a person, e.g. ``http://127.0.0.1:30000 (SGLang 0.5.21)``."""
+        untried = "" if self.tried else f", never tried; {FIRST_VERSION} and later, before {VERSION_BEFORE}, were"
+        return f"{self.url} (SGLang {self.version}{untried})"
 
 
 def probe(url: str, *, timeout_s: float) -> ServerInfo:
@@ -45,10 +101,20 @@ def probe(url: str, *, timeout_s: float) -> ServerInfo:
         return ServerInfo(
             url=url.rstrip("/"),
             num_ranks=int(server["tp_size"]),
-            dp_size=1 if server["enable_dp_attention"] else int(server["dp_size"]),
+            # Up to 0.5.21 dp_size counts the groups of attention DP, from then on attn_dp_size does.
+            dp_size=1 if server["enable_dp_attention"] and "attn_dp_size" not in server else int(server["dp_size"]),
             version=server["version"],
             model_path=model["model_path"],
             weight_version=model["weight_version"],
+            weight_loaders=tuple(server.get("custom_weight_loader") or ()),
+            ep_size=int(server.get("ep_size") or 1),
+            dtype=DTYPES.get(str(server.get("dtype"))),
+            device=str(server.get("device") or "cuda"),
+            odd_layout=tuple(
+                f"{name}={server[name]}"
+                for name, plain in PLAIN_LAYOUT.items()
+                if name in server and server[name] not in plain
+            ),
         )
     except KeyError as error:
         raise EngineError(f"{url} is not an SGLang server: its server_info has no {error}") from error
@@ -60,29 +126,62 @@ class HttpEngine:
     Args:
         url: ``http://host:port`` of the server itself, not of a router.
         num_ranks: its engine ranks, from `probe`.
-        timeout_s: deadline of every call.
+        timeout_s: deadline of calls that move weights.
+        control_timeout_s: deadline of all others; null: the same.
 
     Example:
         >>> engine = HttpEngine("http://127.0.0.1:30000", num_ranks=1, timeout_s=300)
         >>> engine.pause("retract"); engine.begin_update(); ...; engine.end_update(); engine.resume()
     """
 
-    def __init__(self, url: str, *, num_ranks: int, timeout_s: float) -> None:
+    def __init__(self, url: str, *, num_ranks: int, timeout_s: float, control_timeout_s: float | None = None) -> None:
         self.url = url.rstrip("/")
         self.num_ranks = num_ranks
         self._timeout_s = timeout_s
+        self._control_timeout_s = timeout_s if control_timeout_s is None else control_timeout_s
         self._has_sessions: bool | None = None
         self._pause_mode: str | None = None
+
+    def freeze_gc(self) -> None:
+        """Takes what the server has built up to now out of its garbage collections, as its own warm-up would.
+
+        Without a GPU every flush of the cache is a full collection: 0.4 s over all that an import of SGLang leaves,
+        twice a sync. Call it once a server; those without the endpoint stay as they are.
+        """
+        status, raw = self._send("/freeze_gc", {})
+        if status != 404:
+            self._check("/freeze_gc", status, raw)
+
+    def settle(self, *, timeout_s: float | None = None) -> None:
+        """Ends an update that was cut off, if there is one; returns once the server's scheduler has answered.
+
+        The server's HTTP side answers some questions while its scheduler waits for a transfer that never comes; this
+        asks the scheduler. An engine that is paused stays so.
+
+        Args:
+            timeout_s: deadline of each question; null: that of control calls.
+        """
+        if self._has_sessions is not False:
+            status, raw = self._send("/end_weight_update", {}, timeout_s)
+            if status not in (400, 404):  # none is open; there is no such thing
+                self._check("/end_weight_update", status, raw)
+        status, raw = self._send("/flush_cache", {}, timeout_s)
+        if status != 400:  # requests run
+            self._check("/flush_cache", status, raw)
 
     def pause(self, mode: str) -> None:
         """Stops generation; returns when nothing is being computed.
 
         Args:
-            mode: ``in_place`` holds running requests with their KV cache, ``retract`` sends them back to the queue to
-                be prefilled anew, ``abort`` ends them.
+            mode: ``finish`` lets running requests end, as long as weight calls may take, and treats what has begun
+                meanwhile as ``retract``. ``in_place`` holds running requests with their KV cache, ``retract`` sends
+                them back to the queue to be prefilled anew, ``abort`` ends them.
         """
         if mode not in PAUSE_MODES:
             raise ValueError(f"pause mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+        if mode == "finish":
+            self._await_idle()
+            mode = "retract"
         if mode != "in_place":
             # A scheduler that is paused keeps its last, finished batch and refuses to flush because of it. A flush
             # while it still runs clears that batch; an engine that is busy refuses this one, which is no matter.
@@ -146,6 +245,29 @@ class HttpEngine:
         }
         self._post("/update_weights_from_distributed", body)
 
+    def update_from_tensors(self, payloads: Sequence[str], *, load_format: str) -> None:
+        """Hands each tensor-parallel rank its own payload, for a loader that the server was started with.
+
+        A loader that the server does not know ends the server: see `ServerInfo.weight_loaders`.
+
+        Args:
+            payloads: by rank, base64 of a pickled list of (name, tensor).
+            load_format: dotted path of the loader.
+        """
+        body = {"serialized_named_tensors": list(payloads), "load_format": load_format, **NO_FLUSH}
+        self._post("/update_weights_from_tensor", body)
+
+    def release_memory(self, tags: Sequence[str]) -> None:
+        """Gives the GPU memory behind the tags (``weights``, ``kv_cache``) back; an engine that works must not.
+
+        What lies in it is lost. Without SGLang's ``--enable-memory-saver`` nothing is given back.
+        """
+        self._post("/release_memory_occupation", {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str]) -> None:
+        """Takes the memory again; weights and cache in it are undefined."""
+        self._post("/resume_memory_occupation", {"tags": list(tags)})
+
     def update_from_disk(self, path: str, *, weight_version: int) -> None:
         """Loads all weights from a Hugging Face folder that the server can read.
 
@@ -168,12 +290,38 @@ class HttpEngine:
 
     def weight_version(self) -> str:
         """The version the server reports, ``"0"`` on local servers that have had no update."""
-        return str(_get_json(self.url, "/model_info", self._timeout_s)["weight_version"])
+        return str(_get_json(self.url, "/model_info", self._control_timeout_s)["weight_version"])
 
     def weights_checksum(self) -> str:
         """A checksum of all weights as the engine holds them: equal exactly when bits, names and layout are equal."""
         answer = self._post("/weights_checker", {"action": "checksum"})
         return str(answer["per_engine_checksum"])
+
+    def weights_checksums(self, *, skip: Sequence[str] = ()) -> list[dict[str, str]]:
+        """Checksum of every parameter on every tensor-parallel rank, by name; 16 hexadecimal digits each.
+
+        Args:
+            skip: parameters to leave out; servers that cannot do so tell all.
+        """
+        answer = self._post("/weights_checker", {"action": "checksum", "skip_tensor_list": list(skip)})
+        try:
+            return [rank["checksums"] for rank in sorted(answer["ranks"], key=_tp_rank)]
+        except (KeyError, TypeError, IndexError) as error:
+            raise EngineError(f"POST {self.url}/weights_checker: no checksums: {error!r}", url=self.url) from error
+
+    def prompt_logprobs(self, input_ids: Sequence[int]) -> list[float]:
+        """Log-probs (nats, temperature 1) of all tokens of a prompt but the first."""
+        body = {
+            "input_ids": list(input_ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        answer = self._post("/generate", body)
+        try:
+            return [float(entry[0]) for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise EngineError(f"POST {self.url}/generate: no log-probs: {error!r}", url=self.url) from error
 
     def flush_cache(self) -> None:
         """Drops cached prefixes, once the last requests of clients that hung up have ended.
@@ -197,6 +345,16 @@ class HttpEngine:
                 aborted = True
             time.sleep(0.05)
 
+    def _await_idle(self) -> None:
+        """Returns once no request runs or waits, or when it has taken as long as weight calls may."""
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            status, raw = self._send("/flush_cache", {})
+            if status != 400:
+                self._check("/flush_cache", status, raw)
+                return
+            time.sleep(0.05)
+
     def _session_call(self, path: str, body: dict[str, Any]) -> None:
         if self._has_sessions is False:
             return
@@ -211,23 +369,48 @@ class HttpEngine:
         status, raw = self._send(path, body)
         return self._check(path, status, raw)
 
-    def _send(self, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    def _send(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> tuple[int, bytes]:
+        if timeout_s is None:
+            timeout_s = self._timeout_s if path in WEIGHT_CALLS else self._control_timeout_s
         try:
-            return wire.request(self.url, "POST", path, body=body, timeout_s=self._timeout_s)
+            return wire.request(self.url, "POST", path, body=body, timeout_s=timeout_s)
         except wire.WireError as error:
-            raise EngineError(str(error)) from error
+            kind = EngineSilentError if isinstance(error.__cause__, TimeoutError) else EngineError
+            raise kind(str(error), url=self.url) from error
 
     def _check(self, path: str, status: int, raw: bytes) -> dict[str, Any]:
         answer = _parse(raw)
         if status != 200 or answer.get("success") is False:
-            raise EngineError(f"POST {self.url}{path}: HTTP {status}: {_message(answer, raw)}")
+            raise EngineError(f"POST {self.url}{path}: HTTP {status}: {_message(answer, raw)}", url=self.url)
         if not answer and path not in TEXT_ANSWERS:
-            raise EngineError(f"POST {self.url}{path}: HTTP 200 with an answer that is not JSON: {raw[:200]!r}")
+            message = f"POST {self.url}{path}: HTTP 200 with an answer that is not JSON: {raw[:200]!r}"
+            raise EngineError(message, url=self.url)
         return answer
 
 
-TEXT_ANSWERS = ("/flush_cache", "/abort_request")
+WEIGHT_CALLS = (
+    "/init_weights_update_group",
+    "/update_weights_from_distributed",
+    "/update_weights_from_tensor",
+    "/update_weights_from_disk",
+    "/weights_checker",
+    "/generate",
+)
+"""Endpoints whose answer takes as long as weights take."""
+TEXT_ANSWERS = (
+    "/flush_cache",
+    "/abort_request",
+    "/freeze_gc",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+)
 """Endpoints that answer in plain text or nothing."""
+
+
+def _tp_rank(rank: dict[str, Any]) -> int:
+    """Of one entry of weights_checker; its parallelism_info is a list from 0.5.21 on, an object before."""
+    info = rank["parallelism_info"]
+    return int((info[0] if isinstance(info, list) else info)["tp_rank"])
 
 
 def _get_json(url: str, path: str, timeout_s: float) -> dict[str, Any]:

@@ -10,10 +10,13 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_rlvr.config.schema import DType, ServerConfig
 from megatron_rlvr.rollout import arguments
+from megatron_rlvr.rollout.api_key import check_listening
 from megatron_rlvr.rollout.discovery import FleetState, FleetStatus, ProcessState, new_status, write_status
+from megatron_rlvr.rollout.membership import Registration
 from megatron_rlvr.rollout.process import ServerProcess
 
 STOP_GRACE_S = 20.0
@@ -31,17 +34,21 @@ class FleetSpec:
     dtype: DType
     gpu: bool
     folder: Path
+    api_key_file: str | None = None
+    """File with the key that servers want."""
 
     def __post_init__(self) -> None:
-        arguments.check_server(self.server)
+        arguments.check_server(self.server, gpu=self.gpu)
+        check_listening(self.server.host, self.api_key_file)
         if not (Path(self.model_path) / "config.json").is_file():
             raise ValueError(f"model.path must be a folder with a config.json, got {self.model_path!r}")
 
     def to_json(self) -> str:
         server = dataclasses.asdict(self.server)
         server["dtype"] = self.server.dtype.value if self.server.dtype else None
-        fields = {"server": server, "model_path": self.model_path, "dtype": self.dtype.value}
-        return json.dumps({**fields, "gpu": self.gpu, "folder": str(self.folder)}, indent=1)
+        fields: dict[str, Any] = {"server": server, "model_path": self.model_path, "dtype": self.dtype.value}
+        fields |= {"gpu": self.gpu, "folder": str(self.folder), "api_key_file": self.api_key_file}
+        return json.dumps(fields, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> FleetSpec:
@@ -54,19 +61,25 @@ class FleetSpec:
             dtype=DType(fields["dtype"]),
             gpu=fields["gpu"],
             folder=Path(fields["folder"]),
+            api_key_file=fields["api_key_file"],
         )
 
 
 class ServerFleet:
     """``num_servers * dp`` supervised servers; its state is in the discovery file after every change.
 
+    Args:
+        spec: what to serve.
+        registration: where trainers on other nodes find the servers; None when only the parent needs to know.
+
     Example:
         >>> fleet = ServerFleet(spec)
         >>> fleet.run(stop)   # until the event is set, or nothing is left to serve
     """
 
-    def __init__(self, spec: FleetSpec) -> None:
+    def __init__(self, spec: FleetSpec, registration: Registration | None = None) -> None:
         self._spec = spec
+        self._registration = registration
         self._changed = threading.Event()
         self._been_ready = False
         self.servers = [self._server(index) for index in range(spec.server.num_servers * spec.server.dp)]
@@ -87,6 +100,10 @@ class ServerFleet:
                 self._changed.clear()
                 self._start_router()
                 status = self._write()
+            if self._registration is not None:
+                self._registration.beat()
+        if self._registration is not None:
+            self._registration.withdraw()  # nobody shall begin to use what is about to stop
         self._stop(hurry)
         return self._write(status.state if status.state is FleetState.failed else FleetState.stopped)
 
@@ -112,6 +129,7 @@ class ServerFleet:
                 index=index,
                 gpu=spec.gpu,
                 parent_pid=os.getpid(),
+                api_key_file=spec.api_key_file,
             ),
             environment=arguments.server_environment(
                 os.environ, tp=config.tp, num_engines=config.num_servers * config.dp, gpu=spec.gpu, cores=cores
@@ -135,7 +153,11 @@ class ServerFleet:
         self.router = ServerProcess(
             name="router",
             command=lambda port: arguments.router_arguments(
-                host=config.host, port=port, worker_urls=urls, parent_pid=os.getpid()
+                host=config.host,
+                port=port,
+                worker_urls=urls,
+                parent_pid=os.getpid(),
+                api_key_file=self._spec.api_key_file,
             ),
             environment=dict(os.environ),
             bind_host=config.host,
@@ -153,6 +175,8 @@ class ServerFleet:
         servers = tuple(server.status for server in self.servers)
         router = self.router.status if self.router is not None else None
         status = new_status(state=state or self._state(), servers=servers, router=router)
+        if self._registration is not None and status.state is not FleetState.stopped:
+            self._registration.publish(servers)
         write_status(self._spec.folder, status)
         return status
 

@@ -1,9 +1,11 @@
-"""Starts one SGLang server: ``python -m megatron_rlvr.rollout.launcher [--parent-pid PID] <sglang arguments>``.
+"""Starts one SGLang server: ``python -m megatron_rlvr.rollout.launcher [--parent-pid PID] [--api-key-file FILE] <sglang
+arguments>``.
 
 On a GPU this is ``sglang.launch_server`` and nothing else. Without one, the stand-ins of `platform` come first: the
 module level runs again in every process that SGLang spawns, so that they reach the scheduler and the detokenizer.
 
-With ``--parent-pid`` the server and all its children are killed as soon as that parent is gone.
+With ``--parent-pid`` the server and all its children are killed as soon as that parent is gone. With
+``--api-key-file`` it answers only those who send the key in that file.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["--parent-pid"]:
     del sys.argv[1:3]
 
 from megatron_rlvr.rollout import platform
+from megatron_rlvr.rollout.api_key import RequireKey, read_key
 
 platform.install()
 
@@ -32,6 +35,11 @@ def main(argv: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    if argv[:1] == ["--api-key-file"]:
+        from sglang.srt.entrypoints.http_server import app
+
+        app.add_middleware(RequireKey, key=read_key(argv[1]))
+        argv = argv[2:]
     try:
         run_server(prepare_server_args(argv))
     finally:

@@ -1,13 +1,15 @@
 """What the trainer and its rollout process say to each other, one pickled object a message.
 
-The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress`, `Notice`
-and `Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the trainer needs no HTTP
-client for it.
+The trainer sends `Command`s, one at a time; the rollout process answers each with any number of `Progress`, `Notice`,
+`ServerTrouble` and `Heartbeat` messages and then one `Result` or `Failure`. This file imports nothing heavy: the
+trainer needs no HTTP client for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from megatron_rlvr.config.schema import DataConfig, EvalConfig, RewardConfig, RolloutConfig
@@ -39,6 +41,9 @@ class ServiceInfo:
     num_val: int
     num_dropped_prompts: int
     """Problems left out because their prompt is longer than ``data.max_prompt_tokens``."""
+    eval_sets: dict[str, int]
+    """Number of problems of every set of ``eval.sets``, by its key; a set with greedy answers beside sampled ones has
+    two keys."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +73,26 @@ class Notice:
     text: str
 
 
+class TroubleKind(str, Enum):
+    """What is wrong with a server that the trainer can do something about."""
+
+    stale = "stale"
+    """It is up and holds other weights than the trainer's: a weight sync brings it back."""
+    silent = "silent"
+    """It takes requests and says nothing: its process has to be ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerTrouble:
+    """Told while responses are under way, and again while it lasts; `RolloutService.wait` hands it to the trainer."""
+
+    url: str
+    kind: TroubleKind
+    reason: str
+    at: float = field(default_factory=time.monotonic, compare=False)
+    """Seconds of the clock that all processes of a machine share."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Initialize:
     """First command: load the data, start the verifiers. Result: `ServiceInfo`, with the first state."""
@@ -89,6 +114,21 @@ class Connect:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UseServers:
+    """As `Connect` while responses are under way: taken up at once, and not answered."""
+
+    urls: tuple[str, ...]
+    router_url: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hold:
+    """Servers are held by a weight sync, or let go: taken up at once, and not answered."""
+
+    held: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generate:
     """Result: `RolloutBatch`."""
 
@@ -104,6 +144,8 @@ class Evaluate:
     policy_version: int
     max_problems: int | None = None
     """The first so many problems; None asks for all (of `eval.max_problems`)."""
+    key: str | None = None
+    """A set of `ServiceInfo.eval_sets`; None asks for the held-out problems."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +165,7 @@ class Close:
     """Stop whatever is under way and exit. No answer but the end of the process."""
 
 
-Command = Initialize | Connect | Generate | Evaluate | LoadState | Ping | Close
+Command = Initialize | Connect | UseServers | Hold | Generate | Evaluate | LoadState | Ping | Close
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +185,9 @@ class Failure:
     """One line: what went wrong."""
     user_mistake: bool
     """Whether a setting, a data file or a checkpoint is to put right: a ValueError while loading them."""
+    foreseen: bool
+    """Whether the error says all there is to say, without the traceback."""
     traceback: str
 
 
-Message = Progress | Heartbeat | Notice | Result | Failure
+Message = Progress | Heartbeat | Notice | ServerTrouble | Result | Failure

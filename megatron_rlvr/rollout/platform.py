@@ -1,8 +1,10 @@
 """SGLang on a machine without a GPU: the only place where something of SGLang's world is replaced.
 
 Stock SGLang serves on a CPU once three gaps are filled that its GPU-only wheels leave, and decodes a batch in a
-reasonable time once its attention takes the batch at a time. `install` sees to both before ``import sglang`` and does
-nothing where a GPU is present. Needed flags are in `arguments`.
+reasonable time once its attention takes the batch at a time. Its sampling is made to honour a request's
+``sampling_seed``, which SGLang does with ``--enable-deterministic-inference`` alone, and that it refuses on a CPU.
+`install` sees to all of it before ``import sglang`` and does nothing where a GPU is present. Needed flags are in
+`arguments`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 
@@ -36,6 +39,7 @@ def install() -> None:
     _stand_in_for_cudart()
     _stand_in_for_sgl_kernel()
     _batch_the_attention()
+    _honour_the_seeds()
 
 
 def declare_torchvision_ops() -> None:
@@ -47,13 +51,17 @@ def declare_torchvision_ops() -> None:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return
-    try:
-        torch.ops.load_library(str(Path(spec.origin).with_name("_C.so")))
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)
+    # `_C_stable` from 0.29 on. To declare what it declares later would end the process.
+    for built in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(built))
+        except OSError:
+            continue
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"):
+        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _KEPT.append(library)
 
 
 _KEPT: list[torch.library.Library] = []
@@ -74,8 +82,19 @@ def _stand_in_for_cudart() -> None:
 
 def _stand_in_for_sgl_kernel() -> None:
     # sglang-kernel has wheels for CUDA only, yet its names are imported at module level on every device.
-    if importlib.util.find_spec("sgl_kernel") is None:
-        sys.meta_path.append(_KernelFinder())
+    if not _kernels_for_this_cpu():
+        sys.meta_path.insert(0, _KernelFinder())
+
+
+def _kernels_for_this_cpu() -> bool:
+    """Whether the sgl_kernel installed here is one that somebody built for the CPU.
+
+    A CUDA wheel, of a login node or of `make CUDA=1`, keeps its kernels in a folder of each architecture; it cannot be
+    imported without the driver, and lacks what a CPU needs.
+    """
+    spec = importlib.util.find_spec("sgl_kernel")
+    folders = spec.submodule_search_locations or [] if spec is not None else []
+    return spec is not None and not any(Path(folder, arch).is_dir() for folder in folders for arch in ("sm90", "sm100"))
 
 
 class _KernelFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -152,6 +171,93 @@ def _batch_the_attention() -> None:
     # The torch_native backend runs Python code for every request of every layer of every token: with 128 requests
     # that is nine tenths of a decoding step of a small model.
     sys.meta_path.insert(0, _AfterImport(ATTENTION_MODULE, _give_batched_methods))
+
+
+SAMPLING_INFO_MODULE = "sglang.srt.sampling.sampling_batch_info"
+SAMPLER_MODULE = "sglang.srt.layers.sampler"
+
+
+def _honour_the_seeds() -> None:
+    # Without deterministic inference (CUDA kernels) a seed is dropped before it reaches the sampler, which then draws
+    # for the whole batch from one generator: what a request gets depends on who else is in the batch.
+    sys.meta_path.insert(0, _AfterImport(SAMPLING_INFO_MODULE, _keep_seeds))
+    sys.meta_path.insert(0, _AfterImport(SAMPLER_MODULE, _draw_by_seeds))
+
+
+def _keep_seeds(module: ModuleType) -> None:
+    info_class = module.SamplingBatchInfo
+    build = info_class.from_schedule_batch.__func__
+
+    def from_schedule_batch(cls: type, batch: Any, vocab_size: int) -> Any:
+        info = build(cls, batch, vocab_size)
+        # One draw for every request, asked for or not, so that all ranks stay at the same place of the generator.
+        drawn = torch.randint(2**62, (len(batch.reqs),)).tolist()
+        given = [request.sampling_params.sampling_seed for request in batch.reqs]
+        info.sampling_seed = torch.tensor(
+            [own if seed is None else seed for seed, own in zip(given, drawn, strict=True)]
+        )
+        return info
+
+    info_class.from_schedule_batch = classmethod(from_schedule_batch)
+
+
+def _draw_by_seeds(module: ModuleType) -> None:
+    plain = module.sampling_from_probs_torch
+    filtered = module.top_k_top_p_min_p_sampling_from_probs_torch
+
+    def multinomial_with_seed(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return seeded_choice(logprobs.exp(), seed, positions)
+
+    def sampling_from_probs_torch(
+        probs: torch.Tensor, sampling_seed: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if sampling_seed is None or positions is None:
+            return plain(probs, sampling_seed=sampling_seed, positions=positions)
+        return seeded_choice(probs, sampling_seed, positions).view(-1).to(torch.int32)
+
+    @functools.wraps(filtered)
+    def top_k_top_p_min_p_sampling_from_probs_torch(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(filtered).bind(*args, **kwargs)
+        if given.arguments["need_min_p_sampling"]:
+            given.arguments["sampling_seed"] = None  # SGLang's own restriction
+        return filtered(*given.args, **given.kwargs)
+
+    for ours in (multinomial_with_seed, sampling_from_probs_torch, top_k_top_p_min_p_sampling_from_probs_torch):
+        setattr(module, ours.__name__, ours)
+
+
+def seeded_choice(weights_BV: torch.Tensor, seeds_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+    """One index of each row, drawn by its weights from a uniform number that is a function of seed and position.
+
+    Inverse of the cumulative distribution: one pass over a row. (SGLang's way, a Gumbel number for every token of the
+    vocabulary, is a Triton kernel.)
+
+    Args:
+        weights_BV: [B, V] probabilities, or weights with any positive sum.
+        seeds_B: int64 [B].
+        positions_B: int [B] position of the token that is drawn, in its sequence.
+
+    Returns:
+        int64 [B, 1].
+    """
+    cumulative_BV = weights_BV.double().cumsum(dim=1)
+    uniform_B1 = _uniform(seeds_B, positions_B)[:, None]
+    # The first index whose cumulative weight exceeds the number has a weight above 0.
+    return torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
+
+
+def _uniform(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+    """float64 [B] in [0, 1 - 2^-52]: splitmix64 (Steele, Lea, Flood 2014) of seed and position."""
+    with np.errstate(over="ignore"):
+        keys = _splitmix(_splitmix(seeds_B.numpy().astype(np.uint64)) ^ positions_B.numpy().astype(np.uint64))
+    return torch.from_numpy((keys >> np.uint64(12)).astype(np.float64) * 2.0**-52)
+
+
+def _splitmix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

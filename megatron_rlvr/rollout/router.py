@@ -10,12 +10,14 @@ import argparse
 import sys
 
 from megatron_rlvr.rollout import lifetime, ports
+from megatron_rlvr.rollout.api_key import read_key
 
 
 def main(argv: list[str]) -> None:
     """Routes until SIGTERM or SIGINT, or until the parent is gone."""
     parser = argparse.ArgumentParser(description="sglang-router that ends with its parent")
     parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--api-key-file")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--worker-urls", nargs="+", required=True)
@@ -41,6 +43,8 @@ def main(argv: list[str]) -> None:
         disable_retries=True,
         disable_circuit_breaker=True,
         shutdown_grace_period_secs=2,
+        # wanted from clients, and sent to the servers
+        api_key=None if args.api_key_file is None else read_key(args.api_key_file),
         prometheus_host="127.0.0.1",
         # the default is one fixed port: two jobs on a machine would collide
         prometheus_port=ports.free_port("127.0.0.1"),

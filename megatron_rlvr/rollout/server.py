@@ -1,8 +1,10 @@
-"""The trainer's side of its servers: local ones under a supervisor of their own, or given ones that are only asked."""
+"""The trainer's side of its servers: local ones under a supervisor of their own, or others that are only asked."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,12 +18,15 @@ from megatron_rlvr.rollout import lifetime
 from megatron_rlvr.rollout.discovery import FleetState, FleetStatus, ProcessState, forget_status, read_status
 from megatron_rlvr.rollout.engine import ServerInfo, probe
 from megatron_rlvr.rollout.fleet import STOP_GRACE_S, FleetSpec
+from megatron_rlvr.rollout.membership import current_servers, publish_model
 from megatron_rlvr.rollout.platform import gpu_available
-from megatron_rlvr.types import EngineError
+from megatron_rlvr.types import EngineAddress, EngineError
 
 PROBE_TIMEOUT_S = 5.0
 POLL_S = 0.1
 PROGRESS_EVERY_S = 1.0
+REGISTRATION_POLL_S = 0.5
+"""Lists a folder that may lie on a network file system."""
 
 __all__ = ["LocalServers", "ServerInfo", "ServerStartError"]
 
@@ -31,10 +36,11 @@ class ServerStartError(RuntimeError):
 
 
 class LocalServers:
-    """SGLang servers of one run; when ``rollout.urls`` is given, those, and nothing is started or stopped.
+    """SGLang servers of one run: local ones, unless ``rollout.urls`` names others or ``rollout.discovery`` the folder
+    where others register. Those are neither started nor stopped here.
 
-    Servers start in the background under a supervisor process, which restarts them when they die and ends them when
-    the trainer ends, however it ends.
+    Local servers start in the background under a supervisor process, which restarts them when they die and ends them
+    when the trainer ends, however it ends.
 
     Args:
         config: the rollout group.
@@ -57,7 +63,11 @@ class LocalServers:
         self._config = config
         self._folder = run_dir.resolve() / "servers"
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._given: list[ServerInfo] = []
         if config.urls:
+            return
+        if config.discovery is not None:
+            publish_model(config.discovery, model_path)
             return
         if config.router_url is not None:
             raise ValueError(
@@ -70,6 +80,7 @@ class LocalServers:
             dtype=config.server.dtype or dtype,
             gpu=gpu_available(),
             folder=self._folder,
+            api_key_file=config.api_key_file and str(Path(config.api_key_file).resolve()),
         )
         self._start(spec)
 
@@ -83,12 +94,16 @@ class LocalServers:
             One entry a server, in a fixed order.
 
         Raises:
-            ServerStartError: a server failed (with the end of its log), or a given URL does not answer.
+            ServerStartError: a server failed (with the end of its log), a given URL does not answer, or too few
+                servers registered in time.
         """
+        if self._config.discovery is not None:
+            return self._wait_registered(self._config.discovery, on_progress)
         if self._supervisor is None:
             urls = self._config.urls
             on_progress(f"asking {', '.join(urls)}")
-            return _probe_all(urls)
+            self._given = _probe_all(urls)
+            return self._given
         started, last = time.monotonic(), 0.0
         while True:
             # in this order: a status written just before the end is not missed
@@ -105,9 +120,67 @@ class LocalServers:
                 on_progress(_describe(status, waited))
             time.sleep(POLL_S)
 
+    def _wait_registered(self, folder: str, on_progress: Callable[[str], None]) -> list[ServerInfo]:
+        wanted, patience_s = self._config.min_servers, self._config.server.startup_timeout_s
+        started, last = time.monotonic(), 0.0
+        while len(registered := current_servers(folder)) < wanted:
+            waited = time.monotonic() - started
+            news = f"{len(registered)} of {wanted} servers have registered in {folder}"
+            if waited > patience_s:
+                raise ServerStartError(f"{news} within {patience_s:g} s (rollout.server.startup_timeout_s)")
+            if waited - last >= PROGRESS_EVERY_S:
+                last = waited
+                on_progress(f"{news} ({waited:.0f} s)")
+            time.sleep(REGISTRATION_POLL_S)
+        return _probe_all([server.url for server in registered])
+
+    def listed(self) -> list[EngineAddress]:
+        """The servers that are registered and able to generate now; those of ``rollout.urls`` always.
+
+        Raises:
+            ServerStartError: local servers, all of which their supervisor has given up on.
+        """
+        if self._config.discovery is not None:
+            return [
+                EngineAddress(id=server.id, url=server.url, num_ranks=server.num_ranks, restarts=server.restarts)
+                for server in current_servers(self._config.discovery)
+            ]
+        if self._supervisor is None:
+            return [info.address for info in self._given]
+        ended = self._supervisor.poll() is not None
+        status = self.status()
+        if ended or status is None or status.state is FleetState.failed:
+            raise ServerStartError(self._failure(status))
+        return [
+            EngineAddress(id=server.name, url=server.url, num_ranks=server.num_ranks, restarts=server.restarts)
+            for server in status.servers
+            if server.state is ProcessState.ready
+        ]
+
     def status(self) -> FleetStatus | None:
         """What the supervisor last wrote; None for given servers, or before it wrote anything."""
         return read_status(self._folder) if self._supervisor is not None else None
+
+    def check(self) -> None:
+        """Whether there may still be servers; for calling again and again.
+
+        Raises:
+            ServerStartError: local servers are given up, or their supervisor is gone; with the end of the log.
+        """
+        if self._supervisor is None:
+            return
+        ended = self._supervisor.poll() is not None
+        status = self.status()
+        if ended or (status is not None and status.state is FleetState.failed):
+            raise ServerStartError(self._failure(status))
+
+    def end_at(self, url: str) -> None:
+        """Ends a local server that hangs, so that its supervisor starts it again; others are not ours to end."""
+        status = self.status()
+        for server in status.servers if status is not None else ():
+            if server.url == url and server.state is ProcessState.ready and server.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(server.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends local servers with all their children, and the supervisor; safe to call twice."""

@@ -27,6 +27,7 @@ from megatron_rlvr.rollout.messages import (
     Evaluate,
     Generate,
     Heartbeat,
+    Hold,
     Initialize,
     LoadState,
     Message,
@@ -35,7 +36,9 @@ from megatron_rlvr.rollout.messages import (
     Progress,
     Result,
     RolloutError,
+    ServerTrouble,
     ServiceInfo,
+    UseServers,
 )
 from megatron_rlvr.types import EvalBatch, RolloutBatch
 
@@ -150,7 +153,9 @@ class RolloutService:
         self._connection = ours
 
     def connect(self, urls: Sequence[str], *, router_url: str | None = None) -> None:
-        """Uses these servers from now on.
+        """Uses these servers from now on; they hold the trainer's weights.
+
+        While responses are under way those at servers that stay go on, and nothing is waited for.
 
         Args:
             urls: base URLs of the servers.
@@ -159,7 +164,23 @@ class RolloutService:
         Raises:
             RolloutError: one cannot be reached; names it and the reason.
         """
-        self._call(Connect(urls=tuple(urls), router_url=router_url), timeout_s=CONNECT_TIMEOUT_S)
+        if self._pending is None:
+            self._call(Connect(urls=tuple(urls), router_url=router_url), timeout_s=CONNECT_TIMEOUT_S)
+        else:
+            self._send(UseServers(urls=tuple(urls), router_url=router_url))
+
+    def use(self, urls: Sequence[str], *, router_url: str | None = None) -> None:
+        """As `connect`, of servers that have just answered: they are not asked, and nothing is waited for."""
+        self._send(UseServers(urls=tuple(urls), router_url=router_url))
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that was begun has not been answered yet."""
+        return self._pending is not None
+
+    def hold(self, held: bool) -> None:
+        """Says that a weight sync holds the servers while responses are under way: their silence is no fault."""
+        self._send(Hold(held=held))
 
     def generate(self, *, step: int, policy_version: int, on_progress: OnProgress | None = None) -> RolloutBatch:
         """The rollouts of one step; see `RolloutGenerator.generate`."""
@@ -174,14 +195,44 @@ class RolloutService:
         """The batch that `generate_async` began."""
         if not isinstance(self._pending, Generate):
             raise RuntimeError("no rollouts are under way: generate_async comes before result")
-        return self._answer(on_progress, timeout_s=None)
+        while isinstance(answer := self.wait(on_progress), ServerTrouble):
+            logger.warning("server %s %s", answer.url, answer.reason)
+        assert isinstance(answer, RolloutBatch)
+        return answer
+
+    def wait(
+        self, on_progress: OnProgress | None = None, on_beat: Callable[[], None] | None = None
+    ) -> RolloutBatch | EvalBatch | ServerTrouble:
+        """What `generate_async` or `evaluate_async` began, or before it the trouble of a server.
+
+        Trouble is told again and again while it lasts; after it `wait` is called again.
+
+        Args:
+            on_progress: told how far it is.
+            on_beat: called every few seconds, whatever happens; what it raises ends the wait.
+        """
+        if self._pending is None:
+            raise RuntimeError("nothing is under way: generate_async or evaluate_async comes before wait")
+        return self._answer(on_progress, timeout_s=None, on_beat=on_beat)
 
     def evaluate(
-        self, *, policy_version: int, max_problems: int | None = None, on_progress: OnProgress | None = None
+        self,
+        *,
+        policy_version: int,
+        max_problems: int | None = None,
+        key: str | None = None,
+        on_progress: OnProgress | None = None,
     ) -> EvalBatch:
-        """Answers to the held-out problems; see `RolloutGenerator.evaluate`."""
-        self._submit(Evaluate(policy_version=policy_version, max_problems=max_problems))
-        return self._answer(on_progress, timeout_s=None)
+        """Answers to the held-out problems, or to the set of that key; see `RolloutGenerator.evaluate`."""
+        self.evaluate_async(policy_version=policy_version, max_problems=max_problems, key=key)
+        while isinstance(answer := self.wait(on_progress), ServerTrouble):
+            logger.warning("server %s %s", answer.url, answer.reason)
+        assert isinstance(answer, EvalBatch)
+        return answer
+
+    def evaluate_async(self, *, policy_version: int, max_problems: int | None = None, key: str | None = None) -> None:
+        """Begins an evaluation; `wait` waits for it."""
+        self._submit(Evaluate(policy_version=policy_version, max_problems=max_problems, key=key))
 
     def state_dict(self) -> dict[str, Any]:
         """Data order and surplus groups as of the last batch handed out; it pickles.
@@ -222,17 +273,26 @@ class RolloutService:
         return self._answer(None, timeout_s=timeout_s)
 
     def _submit(self, command: Command) -> None:
-        if self._connection is None:
-            raise RuntimeError("the rollout process is not started")
         if self._pending is not None:
             raise RuntimeError(f"{type(self._pending).__name__} is still under way: result() comes first")
+        self._send(command)
+        self._pending = command
+
+    def _send(self, command: Command) -> None:
+        if self._connection is None:
+            raise RuntimeError("the rollout process is not started")
         try:
             self._connection.send(command)
         except OSError:
             raise self._death() from None
-        self._pending = command
 
-    def _answer(self, on_progress: OnProgress | None, *, timeout_s: float | None) -> Any:
+    def _answer(
+        self,
+        on_progress: OnProgress | None,
+        *,
+        timeout_s: float | None,
+        on_beat: Callable[[], None] | None = None,
+    ) -> Any:
         """The value of the command under way, within ``timeout_s`` if given, else as long as the process is alive."""
         command = type(self._pending).__name__
         deadline = time.monotonic() + (SILENCE_S if timeout_s is None else timeout_s)
@@ -240,17 +300,25 @@ class RolloutService:
             if isinstance(message, Progress | Heartbeat | Notice):
                 if timeout_s is None:
                     deadline = time.monotonic() + SILENCE_S
-                if isinstance(message, Notice):
+                if isinstance(message, Heartbeat) and on_beat is not None:
+                    on_beat()
+                elif isinstance(message, Notice):
                     logger.warning("%s", message.text)
                 elif isinstance(message, Progress) and on_progress is not None:
                     on_progress(message)
                 continue
+            if isinstance(message, ServerTrouble):
+                if timeout_s is None:
+                    return message
+                continue  # of rollouts that have ended
             self._pending = None
             if isinstance(message, Result):
                 self._state = message.state
                 return message.value
             if message.user_mistake:
                 raise ValueError(message.error)
+            if message.foreseen:
+                raise RolloutError(message.error)
             raise RolloutError(f"{message.error}\n--- traceback of the rollout process ---\n{message.traceback}")
         self.close()
         what = f"sent nothing for {SILENCE_S:g} s" if timeout_s is None else f"took longer than {timeout_s:g} s"

@@ -13,19 +13,25 @@ import threading
 from pathlib import Path
 
 from megatron_rlvr.rollout import lifetime
+from megatron_rlvr.rollout.api_key import use_key_file
 from megatron_rlvr.rollout.discovery import FleetState, FleetStatus
 from megatron_rlvr.rollout.fleet import FleetSpec, ServerFleet
+from megatron_rlvr.rollout.membership import Registration
 
 
-def supervise(spec: FleetSpec, *, parent_pid: int | None = None) -> FleetStatus:
-    """Serves until SIGTERM, SIGINT or SIGHUP, or until nothing is left to serve; the last status.
+def supervise(
+    spec: FleetSpec, *, parent_pid: int | None = None, registration: Registration | None = None
+) -> FleetStatus:
+    """Serves until SIGTERM, SIGINT, SIGHUP or SIGUSR1, or until nothing is left to serve; the last status.
 
     A second signal, or the parent's end, kills the servers without grace. Call it from the main thread.
 
     Args:
         spec: what to serve.
         parent_pid: the process with which to end; None: none.
+        registration: where trainers on other nodes find the servers.
     """
+    use_key_file(spec.api_key_file)
     stop, hurry = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
@@ -37,11 +43,12 @@ def supervise(spec: FleetSpec, *, parent_pid: int | None = None) -> FleetStatus:
         hurry.set()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    # srun passes SIGUSR1 on to its tasks and meets SIGTERM by killing them
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, on_signal)
     if parent_pid is not None:
         lifetime.watch_parent(parent_pid, on_orphaned)
-    return ServerFleet(spec).run(stop, hurry=hurry)
+    return ServerFleet(spec, registration).run(stop, hurry=hurry)
 
 
 def main(argv: list[str]) -> int:

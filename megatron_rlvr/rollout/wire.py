@@ -7,6 +7,8 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_rlvr.rollout import api_key
+
 
 class WireError(OSError):
     """No proper HTTP answer came back in time."""
@@ -33,7 +35,9 @@ def request(
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
     payload = None if body is None else json.dumps(body).encode()
-    headers = {"Connection": "close"} | ({} if payload is None else {"Content-Type": "application/json"})
+    headers = {"Connection": "close", **api_key.headers()} | (
+        {} if payload is None else {"Content-Type": "application/json"}
+    )
     try:
         connection.request(method, parts.path.rstrip("/") + path, body=payload, headers=headers)
         response = connection.getresponse()

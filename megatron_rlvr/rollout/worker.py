@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
+from types import FrameType
 from typing import Any
 
 from megatron_rlvr.config.schema import RolloutConfig
@@ -24,7 +25,9 @@ from megatron_rlvr.data.problems import load_problems
 from megatron_rlvr.data.prompts import PromptBuilder, PromptStream
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.reward.pool import VerifierPool
+from megatron_rlvr.rollout.api_key import use_key_file
 from megatron_rlvr.rollout.client import GenerationClient
+from megatron_rlvr.rollout.evaluate import SetDefaults, build_sets
 from megatron_rlvr.rollout.generate import RolloutGenerator
 from megatron_rlvr.rollout.messages import (
     Close,
@@ -34,6 +37,7 @@ from megatron_rlvr.rollout.messages import (
     Failure,
     Generate,
     Heartbeat,
+    Hold,
     Initialize,
     LoadState,
     Message,
@@ -41,7 +45,10 @@ from megatron_rlvr.rollout.messages import (
     Ping,
     Progress,
     Result,
+    RolloutError,
+    ServerTrouble,
     ServiceInfo,
+    UseServers,
 )
 
 logger = logging.getLogger("megatron_rlvr.rollout.worker")
@@ -88,10 +95,20 @@ class RolloutWorker:
             logger.warning("the trainer is gone")
             closing.set()
             return
-        if isinstance(command, Close):
-            closing.set()
-        else:
-            self._commands.put_nowait(command)
+        match command:
+            case Close():
+                closing.set()
+            case UseServers(urls=urls, router_url=router_url):
+                self._client().routing.use(urls, router_url=router_url)
+            case Hold(held=held):
+                self._client().routing.hold(held)
+            case _:
+                self._commands.put_nowait(command)
+
+    def _client(self) -> GenerationClient:
+        assert self._generator is not None, "Initialize comes first"
+        assert self._generator.client is not None, "Connect comes first"
+        return self._generator.client
 
     async def _serve(self) -> None:
         while True:
@@ -106,6 +123,7 @@ class RolloutWorker:
                 answer = Failure(
                     error=str(error) or type(error).__name__,
                     user_mistake=isinstance(error, ValueError) and isinstance(command, Initialize | LoadState),
+                    foreseen=isinstance(error, RolloutError),
                     traceback=traceback.format_exc(),
                 )
             finally:
@@ -129,9 +147,9 @@ class RolloutWorker:
         match command:
             case Generate(step=step, policy_version=version):
                 return await self._generator.generate(step=step, policy_version=version, on_progress=self.tell)
-            case Evaluate(policy_version=version, max_problems=max_problems):
+            case Evaluate(policy_version=version, max_problems=max_problems, key=key):
                 return await self._generator.evaluate(
-                    policy_version=version, max_problems=max_problems, on_progress=self.tell
+                    policy_version=version, max_problems=max_problems, key=key, on_progress=self.tell
                 )
             case LoadState(state=state):
                 return self._generator.load_state_dict(state)
@@ -139,15 +157,18 @@ class RolloutWorker:
                 raise TypeError(f"unknown command {command!r}")
 
     async def _initialize(self, config: Initialize) -> ServiceInfo:
+        use_key_file(config.rollout.api_key_file)
         problems = load_problems(config.data, config.reward)
+        tokenizer = Tokenizer.load(config.tokenizer_path)
         builder = PromptBuilder(
-            Tokenizer.load(config.tokenizer_path),
+            tokenizer,
             system_prompt=config.data.system_prompt,
             prompt_template=config.data.prompt_template,
             chat_template=config.data.chat_template,
             max_prompt_tokens=config.data.max_prompt_tokens,
         )
         validation, num_dropped = builder.build_all(problems.val)
+        eval_sets = build_sets(config.evaluation.sets, _defaults(config), tokenizer=tokenizer, reward=config.reward)
         self._verifier = VerifierPool(config.reward)
         await self._verifier.start()
         self._generator = RolloutGenerator(
@@ -158,13 +179,19 @@ class RolloutWorker:
             evaluation=config.evaluation,
             overlong=config.reward.overlong,
             seed=config.seed,
+            eval_sets=eval_sets,
         )
         self._rollout = config.rollout
         # A parsed answer is thousands of small lists that are gone at once: collecting at every 700 of them, over all
         # that has been loaded, took four times as long as parsing (8,192 tokens: 7.4 ms a response, 1.7 ms with this).
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
-        return ServiceInfo(num_train=len(problems.train), num_val=len(validation), num_dropped_prompts=num_dropped)
+        return ServiceInfo(
+            num_train=len(problems.train),
+            num_val=len(validation),
+            num_dropped_prompts=num_dropped,
+            eval_sets={each.key: len(each.prompts) for each in eval_sets},
+        )
 
     async def _connect(self, urls: tuple[str, ...], router_url: str | None) -> None:
         """Reaches every server before it takes the place of the servers so far."""
@@ -177,6 +204,9 @@ class RolloutWorker:
             concurrency=rollout.concurrency,
             request_timeout_s=rollout.request_timeout_s,
             max_retries=rollout.max_retries,
+            recovery_s=rollout.recovery_timeout_s,
+            silence_s=rollout.silence_timeout_s,
+            on_trouble=self.tell,
         )
         try:
             await client.check()
@@ -187,7 +217,7 @@ class RolloutWorker:
             await self._generator.client.close()
         self._generator.client = client
 
-    def tell(self, message: Progress | Heartbeat | Notice) -> None:
+    def tell(self, message: Progress | Heartbeat | Notice | ServerTrouble) -> None:
         """Sends what may as well be lost: while the trainer is busy and reads nothing, sending would block the loop."""
         if self._writable.poll(0):
             self._send(message)
@@ -203,6 +233,18 @@ class RolloutWorker:
             await self._generator.client.close()
         if self._verifier is not None:
             await self._verifier.close()
+
+
+def _defaults(config: Initialize) -> SetDefaults:
+    data, rollout = config.data, config.rollout
+    return SetDefaults(
+        system_prompt=data.system_prompt,
+        prompt_template=data.prompt_template,
+        chat_template=data.chat_template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        max_response_tokens=rollout.max_response_tokens,
+        stop=tuple(rollout.stop),
+    )
 
 
 class _NoticeHandler(logging.Handler):
@@ -237,12 +279,14 @@ def watch_trainer(fd: int, trainer_pid: int) -> None:
 async def _main(connection: Connection) -> None:
     worker = RolloutWorker(connection)
     logging.getLogger("megatron_rlvr").addHandler(_NoticeHandler(worker))
-    running = asyncio.create_task(worker.run())
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-    try:
-        await running
-    except asyncio.CancelledError:
-        logger.warning("ended by SIGTERM")
+    await worker.run()
+
+
+def leave_to_trainer(number: int, frame: FrameType | None) -> None:
+    """A batch system's SIGTERM reaches all processes of a job at once; the trainer, which saves first, ends this one.
+
+    A handler and not SIG_IGN, which the verifiers would inherit.
+    """
 
 
 def main() -> None:
@@ -253,6 +297,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Ctrl-C reaches the trainer, which decides what becomes of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave_to_trainer)
     os.set_inheritable(arguments.fd, False)
     threading.Thread(target=watch_trainer, args=(arguments.fd, arguments.trainer_pid), daemon=True).start()
     asyncio.run(_main(Connection(arguments.fd)))

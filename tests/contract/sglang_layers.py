@@ -6,6 +6,7 @@ Usage: python sglang_layers.py '[2, 4, 8]' (tensor-parallel sizes). The model: 8
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from megatron_rlvr.rollout import platform
 
 platform.install()
 
-from sglang.srt.layers import vocab_parallel_embedding  # noqa: E402
+from sglang.srt.layers import linear, vocab_parallel_embedding  # noqa: E402
 from sglang.srt.layers.linear import (  # noqa: E402
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -37,22 +38,25 @@ def kept(weight: torch.Tensor) -> list[list[int]]:
 def rank_slices(tp: int, rank: int) -> dict[str, list[list[int]]]:
     """Element numbers of each Hugging Face tensor on one rank, as a matrix."""
     slices = {}
-    qkv = QKVParallelLinear(HIDDEN, HEAD_DIM, HEADS, GROUPS, bias=False, tp_rank=rank, tp_size=tp)
+    # Layers ask the running server for its rank; there is none here. Up to 0.5.21 linear ones want to be told instead.
+    parallel = SimpleNamespace(tp_rank=rank, tp_size=tp, tp_group=None)
+    vocab_parallel_embedding.get_parallel = linear.get_parallel = lambda: parallel
+    told = "tp_rank" in inspect.signature(QKVParallelLinear).parameters
+    place = {"tp_rank": rank, "tp_size": tp} if told else {}
+    qkv = QKVParallelLinear(HIDDEN, HEAD_DIM, HEADS, GROUPS, bias=False, **place)
     start = 0
     for part, rows in (("q", HEADS), ("k", GROUPS), ("v", GROUPS)):
         qkv.weight_loader(qkv.weight, numbered(rows * HEAD_DIM, HIDDEN), part)
         length = max(1, rows // tp) * HEAD_DIM
         slices[part] = kept(qkv.weight[start : start + length])
         start += length
-    gate_up = MergedColumnParallelLinear(HIDDEN, [FFN, FFN], bias=False, tp_rank=rank, tp_size=tp)
+    gate_up = MergedColumnParallelLinear(HIDDEN, [FFN, FFN], bias=False, **place)
     for index, part in enumerate(("gate", "up")):
         gate_up.weight_loader(gate_up.weight, numbered(FFN, HIDDEN), index)
         slices[part] = kept(gate_up.weight[index * FFN // tp : (index + 1) * FFN // tp])
-    down = RowParallelLinear(FFN, HIDDEN, bias=False, tp_rank=rank, tp_size=tp)
+    down = RowParallelLinear(FFN, HIDDEN, bias=False, **place)
     down.weight_loader(down.weight, numbered(HIDDEN, FFN))
     slices["down"] = kept(down.weight)
-    # The embedding asks the running server for its rank; there is none here.
-    vocab_parallel_embedding.get_parallel = lambda: SimpleNamespace(tp_rank=rank, tp_size=tp)
     embedding = vocab_parallel_embedding.VocabParallelEmbedding(VOCAB, HIDDEN)
     embedding.weight_loader(embedding.weight, numbered(VOCAB, HIDDEN))
     slices["embedding"] = kept(embedding.weight[: embedding.shard_indices.num_org_elements])

@@ -13,8 +13,8 @@ import torch
 from megatron_rlvr.weights.engine_slices import engine_boxes
 from megatron_rlvr.weights.rules import Kind
 from megatron_rlvr.weights.slices import box_index
+from tests.paths import python_path
 
-ROOT = Path(__file__).parents[2]
 TENSORS = {
     "q": (Kind.qkv, 0, (128, 32)),
     "k": (Kind.qkv, 1, (32, 32)),
@@ -30,7 +30,7 @@ def test_ranks_hold_what_sglang_loads() -> None:
     sizes = [1, 2, 4, 8]
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("sglang_layers.py")), json.dumps(sizes)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -120,3 +120,18 @@ def test_real_logprobs_equal_hugging_face(real_server: Any, temperature: float) 
     assert given[0] is None
     expected = log_softmax(logits_TV)[np.arange(len(PROMPT) - 1), PROMPT[1:]]
     np.testing.assert_allclose(given[1:], expected, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 50}], ids=["plain", "top_p and top_k"])
+def test_real_sampling_by_seed_does_not_depend_on_the_batch(real_server: Any, filters: dict[str, Any]) -> None:
+    """On a CPU by the platform module, on a GPU with rollout.server.deterministic."""
+    sampling = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True, **filters}
+    seeds = list(range(6))
+    alone = [generate(real_server.url, PROMPT, {**sampling, "sampling_seed": seed})["output_ids"] for seed in seeds]
+    others = [{**sampling, "sampling_seed": seed} for seed in reversed(seeds)]
+    unseeded = [{**sampling, "max_new_tokens": 5}] * 3
+    together = generate(real_server.url, [PROMPT] * 9, [*unseeded, *others])
+    assert [answer["output_ids"] for answer in together[3:]] == alone[::-1]
+    assert len({tuple(ids) for ids in alone}) == len(seeds)
+    assert len({tuple(answer["output_ids"]) for answer in together[:3]}) == 3, "no seed: drawn anew"

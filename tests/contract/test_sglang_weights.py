@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def trainer(subject: Subject) -> Iterator[TrainerRank]:
 def test_probe_tells_ranks_and_version(subject: Subject) -> None:
     info = probe(subject.url + "/", timeout_s=30.0)
     assert (info.url, info.num_ranks, info.dp_size) == (subject.url, 1, 1)
-    assert info.version.startswith("0.5.")
+    assert info.version == (metadata.version("sglang") if subject.real else "0.5.21")
+    assert info.tried
     assert (info.model_path, info.weight_version) == (str(subject.model), "0")
 
 

@@ -7,8 +7,8 @@ import torch
 from megatron_rlvr.data.packing import (
     PackedSequence,
     build_microbatch,
-    pack_responses,
     plan_microbatches,
+    split_by_label,
     unpack_responses,
 )
 
@@ -114,6 +114,19 @@ def test_microbatch_values_by_hand():
     assert (micro.advantages_T.dtype, micro.loss_mask_T.dtype) == (torch.float32, torch.bool)
 
 
+def test_values_are_split_by_the_label_of_their_sequence():
+    sequences = [make_sequence([1], [2, 3], 0), make_sequence([4], [5], 1), make_sequence([6, 7], [8, 9], 2)]
+    labels = ["words", "sums", "words"]
+    for sequence, label in zip(sequences, labels, strict=True):
+        sequence.source = label
+    micro = build_microbatch(sequences, pad_to_multiple=16)
+    assert micro.sources == labels
+    parts = split_by_label(micro.targets_T, micro, micro.sources)
+    assert {name: part.tolist() for name, part in parts.items()} == {"sums": [5], "words": [2, 3, 8, 9]}
+    empty = build_microbatch([], pad_to_multiple=4)
+    assert split_by_label(empty.targets_T, empty, empty.sources) == {}
+
+
 @pytest.mark.parametrize("pad_to_multiple", [1, 8])
 def test_microbatch_without_sequences_is_all_padding(pad_to_multiple):
     micro = build_microbatch([], pad_to_multiple=pad_to_multiple)
@@ -123,7 +136,6 @@ def test_microbatch_without_sequences_is_all_padding(pad_to_multiple):
     assert not micro.loss_mask_T.any()
     assert micro.trajectory_T.tolist() == [-1] * pad_to_multiple
     assert unpack_responses(micro.weights_T, micro) == {}
-    assert pack_responses({}, micro).tolist() == [0.0] * pad_to_multiple
 
 
 def test_microbatch_needs_no_padding_when_it_fits():
@@ -150,16 +162,9 @@ def test_responses_come_back_from_any_packing():
         np.testing.assert_array_equal(found[sequence.trajectory], sequence.rollout_logprobs)
         np.testing.assert_array_equal(targets[sequence.trajectory], sequence.response_ids)
 
-    again = build_microbatch(sequences[::-1], pad_to_multiple=16)
-    torch.testing.assert_close(pack_responses(found, again), again.rollout_logprobs_T, rtol=0, atol=0)
 
-
-def test_pack_responses_refuses_missing_and_misfit():
+def test_unpack_responses_refuses_misfit():
     micro = build_microbatch([make_sequence([1], [2, 3], 4)])
-    with pytest.raises(ValueError, match=r"trajectory 4 misses"):
-        pack_responses({3: np.zeros(2)}, micro)
-    with pytest.raises(ValueError, match=r"trajectory 4 must have 2 entries, got 3"):
-        pack_responses({4: np.zeros(3)}, micro)
     with pytest.raises(ValueError, match=r"shape \(3,\), got \(2,\)"):
         unpack_responses(torch.zeros(2), micro)
 

@@ -141,3 +141,14 @@ def test_refused_conversations(tmp_path):
     busy = Tokenizer.load(write_folder(tmp_path / "busy", settings={"eos_token": "<s>"}, template_file=BUSY))
     with pytest.raises(ValueError, match=r"chat template refuses the messages: unknown role tool"):
         busy.render_chat([{"role": "tool", "content": "x"}])
+
+
+def test_pieces_are_what_every_token_adds(tmp_path):
+    write_folder(tmp_path, config={"eos_token_id": 2})
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("a é<|im_end|>\n", add_special_tokens=False)
+    # One token a byte: the two bytes of the letter make it together.
+    assert tokenizer.pieces(ids) == ["a", " ", "", "é", "<|im_end|>", "\n"]
+    cut = ids[:3]
+    assert "".join(tokenizer.pieces(cut)) == tokenizer.decode(cut, skip_special_tokens=False)
+    assert tokenizer.pieces([]) == []

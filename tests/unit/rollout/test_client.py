@@ -10,10 +10,10 @@ import numpy as np
 import orjson
 import pytest
 
-from megatron_rlvr.rollout import client as client_module
+from megatron_rlvr.rollout import routing
 from megatron_rlvr.rollout.answer import MalformedAnswerError, Sample, parse_answer
 from megatron_rlvr.rollout.client import GenerationClient
-from megatron_rlvr.rollout.messages import RolloutError, Sampling
+from megatron_rlvr.rollout.messages import RolloutError, Sampling, ServerTrouble, TroubleKind
 from megatron_rlvr.types import FinishReason
 from tests.fakes.sglang_server import FakeSGLang, Fault, hashed_token
 
@@ -23,7 +23,7 @@ PROMPT = np.array([5, 6, 7], dtype=np.int32)
 
 @pytest.fixture(autouse=True)
 def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(routing, "FIRST_BACKOFF_S", 0.01)
 
 
 @contextlib.asynccontextmanager
@@ -126,7 +126,7 @@ def test_a_failed_attempt_is_repeated_under_a_new_id(fault: Fault):
     async def scenario(server: FakeSGLang) -> Sample:
         async with connected(server, request_timeout_s=0.3) as client:
             sample = await generate(client)
-            await asyncio.gather(*client._background)
+            await client.routing.settle()
             return sample
 
     with FakeSGLang(eos_token_id=None) as server:
@@ -148,12 +148,12 @@ def test_another_server_takes_over_and_the_failed_one_returns():
             samples = await asyncio.gather(*(generate(client, f"a{i}") for i in range(8)))
             assert {body["rid"] for body in good.bodies("generate")} >= {f"a{i}.1." for i in range(0, 8, 2)}
             before = bad.count("generate")
-            assert client._servers[0].failure is not None
+            assert client.routing.servers[0].failure is not None
             await generate(client, "b")
             assert bad.count("generate") == before
             bad.heal()
-            await client._recovered.wait()
-            assert [server.load for server in client._servers] == [0, 0]
+            await client.routing.recovered.wait()
+            assert [server.load for server in client.routing.servers] == [0, 0]
             await asyncio.gather(*(generate(client, f"c{i}") for i in range(8)))
             assert bad.count("generate") == before + 4
             return samples
@@ -277,13 +277,13 @@ def test_a_response_that_is_always_aborted_is_handed_over_as_such():
 def test_a_server_with_older_weights_is_not_used_until_it_is_synced():
     async def scenario(restarted: FakeSGLang, synced: FakeSGLang) -> None:
         async with connected(restarted, synced) as client:
-            client.min_version = 12
+            client.routing.min_version = 12
             samples = await asyncio.gather(*(generate(client, f"r{i}") for i in range(4)))
             assert [sample.weight_versions for sample in samples] == [[(12, 0, 6)]] * 4
-            assert client._servers[0].failure == "holds weights of policy version 0, older than 12"
+            assert client.routing.servers[0].failure == "holds weights of policy version 0, older than 12"
             restarted.weight_version = "12"
-            await client._recovered.wait()
-            assert client._servers[0].failure is None
+            await client.routing.recovered.wait()
+            assert client.routing.servers[0].failure is None
 
     with (
         FakeSGLang(eos_token_id=None) as restarted,
@@ -299,7 +299,7 @@ def test_a_router_takes_requests_and_its_servers_take_aborts_and_repetitions():
             assert (await generate(client, "a")).retries == 0
             router.fault("generate", Fault.hang, times=1)
             assert (await generate(client, "b")).retries == 1
-            await asyncio.gather(*client._background)
+            await client.routing.settle()
             router.stop()
             assert (await generate(client, "c")).retries == 1
             assert (await generate(client, "d")).retries == 0
@@ -310,6 +310,111 @@ def test_a_router_takes_requests_and_its_servers_take_aborts_and_repetitions():
         assert [body["rid"] for body in one.bodies("generate")] == ["b.1.", "c.1.", "d.0."]
         assert one.bodies("abort_request")[0] == two.bodies("abort_request")[0] == {"rid": "b.0."}
         assert router.count("abort_request") == 0
+
+
+def test_a_server_that_says_nothing_loses_its_requests_to_others():
+    troubles: list[ServerTrouble] = []
+
+    async def scenario(silent: FakeSGLang, other: FakeSGLang) -> None:
+        async with connected(silent, other, silence_s=0.4, on_trouble=troubles.append) as client:
+            silent.fault("*", Fault.hang)
+            samples = await asyncio.gather(*(generate(client, f"r{i}") for i in range(6)))
+            assert sorted(sample.retries for sample in samples) == [0, 0, 0, 1, 1, 1]
+            assert client.routing.servers[0].failure is not None
+            silent.heal()
+            await client.routing.recovered.wait()
+
+    with FakeSGLang() as silent, FakeSGLang() as other:
+        asyncio.run(scenario(silent, other))
+        assert other.count("generate") == 6
+    assert troubles == [ServerTrouble(url=silent.url, kind=TroubleKind.silent, reason="has said nothing for 0.4 s")]
+
+
+def test_a_silent_server_is_found_behind_a_router_too():
+    async def scenario(router: FakeSGLang, silent: FakeSGLang, other: FakeSGLang) -> Sample:
+        async with connected(silent, other, router_url=router.url, silence_s=0.4) as client:
+            router.fault("generate", Fault.hang)
+            silent.fault("*", Fault.hang)
+            return await generate(client)
+
+    with FakeSGLang() as router, FakeSGLang() as silent, FakeSGLang() as other:
+        sample = asyncio.run(scenario(router, silent, other))
+        assert other.count("generate") == 1
+    assert sample.retries == 1
+
+
+def test_a_long_response_is_no_silence():
+    async def scenario(server: FakeSGLang) -> Sample:
+        async with connected(server, silence_s=0.2) as client:
+            return await generate(client)
+
+    with FakeSGLang(token_delay_s=0.2, eos_token_id=None) as server:
+        sample = asyncio.run(scenario(server))
+        assert server.count("health_generate") > 0
+    assert (len(sample.output_ids), sample.retries) == (6, 0)
+
+
+def test_silence_means_nothing_while_a_sync_holds_the_servers():
+    async def scenario(server: FakeSGLang) -> Sample:
+        async with connected(server, silence_s=0.2) as client:
+            client.routing.hold(True)
+            server.fault("health_generate", Fault.hang)
+            response = asyncio.create_task(generate(client))
+            sample = await response
+            client.routing.hold(False)
+            return sample
+
+    with FakeSGLang(token_delay_s=0.15, eos_token_id=None) as server:
+        assert asyncio.run(scenario(server)).retries == 0
+
+
+def test_a_server_that_was_gone_comes_back_when_the_trainer_has_synced_it():
+    """Its version says nothing: before the first update every server has version 0."""
+    stale = asyncio.Event()
+    troubles: list[ServerTrouble] = []
+
+    def on_trouble(trouble: ServerTrouble) -> None:
+        troubles.append(trouble)
+        stale.set()
+
+    async def scenario(first: FakeSGLang) -> None:
+        port = int(first.url.rpartition(":")[2])
+        async with connected(first, recovery_s=30.0, on_trouble=on_trouble) as client:
+            work = [asyncio.create_task(generate(client, f"r{i}")) for i in range(4)]
+            while first.count("generate") < 4:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(first.stop)
+            second = FakeSGLang(port=port)
+            await asyncio.to_thread(second.__enter__)
+            try:
+                await stale.wait()
+                assert not any(task.done() for task in work)
+                assert second.count("generate") == 0, "nothing is asked of weights that nobody knows"
+                client.routing.use([first.url], router_url=None)
+                samples = await asyncio.gather(*work)
+                assert second.count("generate") == 4
+                assert [sample.retries for sample in samples] == [1] * 4
+            finally:
+                await asyncio.to_thread(second.stop)
+
+    with FakeSGLang(token_delay_s=0.5) as first:
+        asyncio.run(scenario(first))
+    assert {(trouble.url, trouble.kind) for trouble in troubles} == {(first.url, TroubleKind.stale)}
+
+
+def test_requests_move_on_when_their_server_is_no_longer_among_them():
+    async def scenario(old: FakeSGLang, new: FakeSGLang) -> Sample:
+        async with connected(old) as client:
+            work = asyncio.create_task(generate(client))
+            while old.count("generate") < 1:
+                await asyncio.sleep(0.01)
+            client.routing.use([new.url], router_url=None)
+            return await work
+
+    with FakeSGLang(token_delay_s=60.0) as old, FakeSGLang() as new:
+        sample = asyncio.run(scenario(old, new))
+        assert new.count("generate") == 1
+    assert sample.retries == 1
 
 
 def test_a_dead_router_is_named():

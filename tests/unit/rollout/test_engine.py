@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -13,7 +14,7 @@ import requests
 from megatron_rlvr.config.schema import DType, RolloutConfig
 from megatron_rlvr.rollout.engine import HttpEngine, probe
 from megatron_rlvr.rollout.server import LocalServers, ServerStartError
-from megatron_rlvr.types import EngineError, TensorMeta
+from megatron_rlvr.types import EngineError, EngineSilentError, TensorMeta
 from tests.fakes.sglang_server import FakeSGLang, Fault
 
 CALLS: dict[str, Callable[[HttpEngine], object]] = {
@@ -33,7 +34,9 @@ CALLS: dict[str, Callable[[HttpEngine], object]] = {
     "model_info": lambda engine: engine.weight_version(),
     "weights_checker": lambda engine: engine.weights_checksum(),
     "flush_cache": lambda engine: engine.flush_cache(),
+    "freeze_gc": lambda engine: engine.freeze_gc(),
 }
+TEXT_ANSWERS = {"flush_cache", "freeze_gc"}
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_every_call_fails_clearly(server: FakeSGLang, path: str, fault: Fault, w
         CALLS[path](engine_of(server, timeout_s=0.3))
 
 
-@pytest.mark.parametrize("path", sorted(set(CALLS) - {"flush_cache"}))
+@pytest.mark.parametrize("path", sorted(set(CALLS) - TEXT_ANSWERS))
 def test_garbage_is_no_success(server: FakeSGLang, path: str) -> None:
     server.fault(path, Fault.garbage)
     with pytest.raises(EngineError, match=f"{server.url}/{path}: HTTP 200: <html>not json|not JSON"):
@@ -99,6 +102,14 @@ def test_session_that_vanishes_is_an_error(server: FakeSGLang) -> None:
     server.session_endpoints = False
     with pytest.raises(EngineError, match="end_weight_update: HTTP 404: Not Found"):
         engine.end_update()
+
+
+def test_server_that_cannot_freeze_its_garbage_collection_stays_as_it_is(
+    server: FakeSGLang, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(FakeSGLang, "_on_freeze_gc")
+    engine_of(server).freeze_gc()
+    assert server.count("freeze_gc") == 1
 
 
 def test_update_sends_one_flattened_bucket_that_flushes_nothing(server: FakeSGLang) -> None:
@@ -156,8 +167,44 @@ def test_old_server_flushes_once_retracted_requests_are_aborted() -> None:
         assert server.calls[-1].path == "continue_generation"
 
 
+def test_finish_lets_requests_end(server: FakeSGLang) -> None:
+    server.fault("flush_cache", Fault.refuse, times=2)
+    engine_of(server).pause("finish")
+    control = ["flush_cache"] * 4 + ["pause_generation"]
+    assert [call.path for call in server.calls] == control, "idle at the third question"
+    assert server.bodies("pause_generation") == [{"mode": "retract"}]
+
+
+def test_finish_has_an_end(server: FakeSGLang) -> None:
+    server.fault("flush_cache", Fault.refuse)
+    engine_of(server, timeout_s=0.2).pause("finish")
+    assert server.bodies("pause_generation") == [{"mode": "retract"}]
+
+
+def test_settle_asks_the_scheduler(server: FakeSGLang) -> None:
+    engine = engine_of(server, timeout_s=0.3)
+    engine.begin_update()
+    engine.settle()
+    engine.begin_update()
+    server.fault("flush_cache", Fault.refuse)
+    engine.settle()
+    server.fault("flush_cache", Fault.hang)
+    with pytest.raises(EngineSilentError, match=r"flush_cache: no answer within 0.2 s"):
+        engine.settle(timeout_s=0.2)
+
+
+def test_control_calls_have_a_deadline_of_their_own(server: FakeSGLang) -> None:
+    server.fault("*", Fault.hang)
+    engine = HttpEngine(server.url, num_ranks=1, timeout_s=0.4, control_timeout_s=0.1)
+    with pytest.raises(EngineSilentError, match=r"no answer within 0.1 s") as caught:
+        engine.resume()
+    assert caught.value.url == server.url
+    with pytest.raises(EngineSilentError, match=r"no answer within 0.4 s"):
+        engine.weights_checksum()
+
+
 def test_unknown_pause_mode_is_refused(server: FakeSGLang) -> None:
-    with pytest.raises(ValueError, match="pause mode must be one of in_place, retract, abort, got 'drain'"):
+    with pytest.raises(ValueError, match="pause mode must be one of finish, in_place, retract, abort, got 'drain'"):
         engine_of(server).pause("drain")
     assert server.calls == []
 
@@ -166,6 +213,43 @@ def test_probe_tells_tensor_parallel_ranks() -> None:
     with FakeSGLang(tp_size=4, dp_size=2, version="0.5.17", weight_version="6") as server:
         info = probe(server.url, timeout_s=5.0)
     assert (info.num_ranks, info.dp_size, info.version, info.weight_version) == (4, 2, "0.5.17", "6")
+
+
+@pytest.mark.parametrize(
+    ("settings", "dp_size"),
+    [
+        ({"enable_dp_attention": True}, 1),  # up to 0.5.21: eight groups inside the eight ranks
+        ({"enable_dp_attention": True, "attn_dp_size": 4}, 8),  # from 0.5.22 on: eight replicas of four groups
+        ({"enable_dp_attention": False, "attn_dp_size": 1}, 8),
+    ],
+)
+def test_probe_tells_replicas_from_groups_of_attention(settings: dict[str, Any], dp_size: int) -> None:
+    with FakeSGLang(tp_size=8, dp_size=8, settings=settings) as server:
+        assert probe(server.url, timeout_s=5.0).dp_size == dp_size
+
+
+def test_probe_names_settings_that_lay_weights_out_in_another_way() -> None:
+    plain = {"pp_size": 1, "attn_cp_size": 1, "moe_dp_size": 1, "moe_dense_tp_size": None, "dwdp_size": 1}
+    odd = {"enable_dp_attention": True, "attn_cp_size": 2, "moe_dp_size": 2, "moe_dense_tp_size": 1, "dwdp_size": 2}
+    for settings, told in ((plain, ()), (odd, tuple(f"{name}={value}" for name, value in odd.items()))):
+        with FakeSGLang(settings=settings) as server:
+            assert probe(server.url, timeout_s=5.0).odd_layout == told
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        ("0.5.17", "SGLang 0.5.17)"),
+        ("0.5.23.post1", "SGLang 0.5.23.post1)"),
+        ("0.5.16", "SGLang 0.5.16, never tried; 0.5.17 and later, before 0.5.24, were)"),
+        ("0.5.24", "SGLang 0.5.24, never tried;"),
+        ("unknown", "SGLang unknown, never tried;"),
+    ],
+)
+def test_versions_that_were_never_tried_are_told(version: str, told: str) -> None:
+    with FakeSGLang(version=version) as server:
+        info = probe(server.url, timeout_s=5.0)
+    assert str(info).startswith(f"{server.url} ({told}")
 
 
 def test_a_url_without_scheme_is_refused() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_rlvr.config.schema import EvalConfig, GroupFilter, OverlongConfig, RolloutConfig
-from megatron_rlvr.rollout import client as client_module
+from megatron_rlvr.rollout import routing
 from megatron_rlvr.rollout.client import GenerationClient
 from megatron_rlvr.rollout.generate import RolloutGenerator
 from megatron_rlvr.rollout.messages import Progress, RolloutError
@@ -101,7 +101,7 @@ def client(server: FakeSGLang) -> GenerationClient:
 
 @pytest.fixture(autouse=True)
 def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(routing, "FIRST_BACKOFF_S", 0.01)
 
 
 def ignore(progress: Progress) -> None:
@@ -225,7 +225,7 @@ def test_a_failed_step_leaves_the_data_order_as_it_was():
             with pytest.raises(RolloutError, match="HTTP 500"):
                 await made.generate(step=1, policy_version=0, on_progress=ignore)
             assert made.state_dict() == before
-            assert [s.load for s in made.client._servers] == [0]
+            assert [s.load for s in made.client.routing.servers] == [0]
             server.heal()
             return await made.generate(step=1, policy_version=0, on_progress=ignore)
 

@@ -19,7 +19,7 @@ from megatron_rlvr.rollout.arguments import (
 )
 from megatron_rlvr.rollout.fleet import FleetSpec
 from megatron_rlvr.rollout.server import LocalServers
-from megatron_rlvr.serve import fleet_spec, main
+from megatron_rlvr.serve import discovery_folder, fleet_spec, main, serve
 
 LAUNCH = [sys.executable, "-m", "megatron_rlvr.rollout.launcher", "--parent-pid", "77"]
 
@@ -50,6 +50,7 @@ COMMON = {
     "--mem-fraction-static": "0.8",
     "--weight-version": "0",
     "--log-level-http": "warning",
+    "--custom-weight-loader": "megatron_rlvr.sync.engine_loader.load",
 }
 
 
@@ -76,6 +77,11 @@ def test_gpu_server_is_stock_and_gets_its_own_gpus() -> None:
     }
 
 
+def test_deterministic_inference_is_asked_for_on_gpus() -> None:
+    check_server(ServerConfig(deterministic=True), gpu=True)
+    assert arguments(ServerConfig(deterministic=True), gpu=True)["--enable-deterministic-inference"] is True
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_given_caps_and_extra_arguments_are_passed(gpu: bool) -> None:
     config = ServerConfig(max_total_tokens=100, max_running_requests=3, extra_args=["--chunked-prefill-size", "64"])
@@ -95,13 +101,14 @@ def test_given_caps_and_extra_arguments_are_passed(gpu: bool) -> None:
         ({"startup_timeout_s": 0.0}, "rollout.server.startup_timeout_s must be positive, got 0.0"),
         ({"max_restarts": -1}, "rollout.server.max_restarts must not be negative, got -1"),
         ({"base_gpu_id": -1}, "rollout.server.base_gpu_id must not be negative, got -1"),
+        ({"deterministic": True}, "rollout.server.deterministic has no effect on a CPU"),
         ({"extra_args": ["--port=1"]}, "rollout.server.extra_args must not hold --port: it is set by a free port"),
         ({"extra_args": ["--dp-size", "2"]}, "must not hold --dp-size: it is set by rollout.server.dp"),
     ],
 )
 def test_impossible_settings_are_refused_by_name_and_value(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_server(ServerConfig(**changes))
+        check_server(ServerConfig(**changes), gpu=False)
 
 
 def test_every_flag_that_is_set_here_is_owned() -> None:
@@ -168,11 +175,11 @@ def test_router_url_without_servers_is_refused(tmp_path: Path) -> None:
 
 def test_serve_needs_a_model_and_no_urls(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(experiment_name="x")
-    with pytest.raises(ValueError, match=r"model.path must be a Hugging Face folder for serve, got null"):
-        fleet_spec(config)
+    with pytest.raises(ValueError, match=r"model.path must be a Hugging Face folder for serve, .* got null for both"):
+        serve(config)
     config.rollout.urls = ["http://127.0.0.1:1"]
     with pytest.raises(ValueError, match=r"rollout.urls must be empty for serve"):
-        fleet_spec(config)
+        serve(config)
     monkeypatch.setattr(sys, "argv", ["serve", "experiment_name=x", "rollout.server.tensor_parallel=2"])
     assert main() == 2
     assert "tensor_parallel" in capsys.readouterr().err
@@ -183,7 +190,8 @@ def test_serve_keeps_its_files_under_the_experiment_or_where_told(tmp_path: Path
     config = RunConfig(experiment_name="x", output_dir=str(tmp_path / "out"))
     config.model.path = str(tmp_path)
     config.rollout.server.dtype = DType.fp32
-    spec = fleet_spec(config)
-    assert (spec.folder, spec.dtype) == (tmp_path / "out/x/servers", DType.fp32)
+    assert discovery_folder(config) == tmp_path / "out/x/servers"
+    spec = fleet_spec(config, path=str(tmp_path), folder=tmp_path / "own")
+    assert (spec.folder, spec.dtype) == (tmp_path / "own", DType.fp32)
     config.rollout.discovery = str(tmp_path / "here")
-    assert fleet_spec(config).folder == tmp_path / "here"
+    assert discovery_folder(config) == tmp_path / "here"

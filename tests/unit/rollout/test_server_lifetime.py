@@ -21,6 +21,8 @@ from megatron_rlvr.config.schema import DType, RolloutConfig, ServerConfig
 from megatron_rlvr.rollout import lifetime, wire
 from megatron_rlvr.rollout.discovery import FleetState, FleetStatus, ProcessState, read_status
 from megatron_rlvr.rollout.engine import HttpEngine
+from megatron_rlvr.rollout.membership import current_servers
+from megatron_rlvr.rollout.router_workers import use_workers, worker_urls
 from megatron_rlvr.rollout.server import LocalServers, ServerStartError
 from megatron_rlvr.types import EngineError
 
@@ -203,8 +205,10 @@ def test_serve_writes_where_its_servers_are_and_ends_on_sigterm(model: Path, tmp
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as serve:
         assert serve.stdout is not None
         said = next(line for line in serve.stdout if line.endswith(" ready, 0 restarts\n"))
-        status = read_status(folder)
+        [registered] = current_servers(folder)
+        status = read_status(folder / registered.id.partition(".")[0])
         assert status is not None
+        assert (registered.url, registered.pid) == (status.urls[0], status.servers[0].pid)
         assert status.state is FleetState.ready
         assert status.pid == serve.pid
         assert said == f"server-0 {status.urls[0]} ready, 0 restarts\n"
@@ -212,7 +216,8 @@ def test_serve_writes_where_its_servers_are_and_ends_on_sigterm(model: Path, tmp
         serve.terminate()
         serve.communicate()
     assert serve.returncode == 0
-    final = read_status(folder)
+    assert current_servers(folder) == []
+    final = read_status(folder / registered.id.partition(".")[0])
     assert final is not None
     assert final.state is FleetState.stopped
     assert_nothing_left(leaders(status))
@@ -235,6 +240,12 @@ def test_router_spreads_requests_and_comes_back(start: Callable[..., LocalServer
 
     assert all(generate(number) for number in range(8))
     assert wire.request(url, "POST", "/pause_generation", body={"mode": "retract"}, timeout_s=5.0)[0] == 404
+    one, both = [infos[0].url], [info.url for info in infos]
+    use_workers(url, one)
+    wait_until(lambda: list(worker_urls(url)) == one, "one server to be out of the router")
+    assert all(generate(number) for number in range(20, 24))
+    use_workers(url, both)
+    wait_until(lambda: sorted(worker_urls(url)) == sorted(both), "it to be back")
     os.kill(router.pid or 0, signal.SIGKILL)
 
     def back() -> bool:

@@ -198,17 +198,19 @@ def test_overlap_failures_and_signals(
         with pytest.raises(RuntimeError, match="no rollouts are under way"):
             running.result()
 
-        # a failure names the server, carries the process's traceback, and costs nothing but the step
+        # a failure names the server, and costs nothing but the step
         before = running.state_dict()
         server.fault("generate", Fault.error)
-        with pytest.raises(RolloutError, match=rf"{server.url}: HTTP 500(?s:.)*Traceback(?s:.)*generate\.py"):
+        with pytest.raises(RolloutError, match=rf"{server.url}: HTTP 500") as refused:
             running.generate(step=1, policy_version=0)
+        assert "Traceback" not in str(refused.value), "it says all there is to say"
         assert running.state_dict() == before
         server.heal()
         assert f"server {server.url} leaves the routing: HTTP 500: Internal Server Error" in caplog.messages
 
-        # Ctrl-C in the terminal is the trainer's business
+        # Ctrl-C in the terminal is the trainer's business, and so is what a batch system sends to all of a job
         os.kill(running.ping(), signal.SIGINT)
+        os.kill(running.ping(), signal.SIGTERM)
         check_values(running.generate(step=1, policy_version=0))
 
         # closing does not wait for responses
