@@ -1,12 +1,14 @@
 """Forward and backward over micro-batches through Megatron's pipeline schedules.
 
-T packed tokens, V vocabulary.
+T packed tokens, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,10 +16,13 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_rlvr import ops
 from megatron_rlvr.metrics import Metric
+from megatron_rlvr.policy.head import TokenHead
 from megatron_rlvr.policy.layers import AttentionPlan, PackedSequences, uses_transformer_engine
+from megatron_rlvr.policy.model import unwrap
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.types import MicroBatch
 
+T = TypeVar("T")
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, Metric]]]
 """(logprobs_T, entropy_T, micro-batch) -> (scalar loss summed over the micro-batch's tokens, metrics)."""
 
@@ -27,13 +32,13 @@ class PipelineRunner:
 
     Args:
         chunks: model chunks, wrapped for training or not.
-        vocab_size: real vocabulary; padded columns are masked before the softmax.
+        head: log-probs and entropies from the last stage's hidden states.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, *, vocab_size: int) -> None:
+    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, *, head: TokenHead) -> None:
         self.chunks = list(chunks)
         self.parallel = parallel
-        self.vocab_size = vocab_size
+        self.head = head
         self._is_half = any(isinstance(m, Float16Module) for chunk in chunks for m in chunk.modules())
 
     def logprobs(
@@ -41,9 +46,28 @@ class PipelineRunner:
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(logprobs_T, entropy_T) of every micro-batch, fp32 nats, without gradient; empty off the last stage."""
 
-        def collect(logits_1TV: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            pair = self._logprob_entropy(logits_1TV, micro, temperature)
-            return logits_1TV.new_zeros(()), pair
+        return self._look(micro_batches, lambda hidden, micro: self._logprob_entropy(hidden, micro, temperature))
+
+    def moments(self, micro_batches: Sequence[MicroBatch], *, temperature: float) -> list[ops.VocabMoments]:
+        """Log-prob, entropy and second moments of every micro-batch, without gradient; empty off the last stage.
+
+        Log-probs and entropies are bit for bit those of `logprobs`: a loss that looks at the sign of a log ratio must
+        see 0 on policy.
+        """
+
+        def collect(hidden_T1D: torch.Tensor, micro: MicroBatch) -> ops.VocabMoments:
+            logprobs_T, entropy_T = self._logprob_entropy(hidden_T1D, micro, temperature)
+            weight_VD = unwrap(self.chunks[-1]).head_weight()
+            moments = self.head.moments(hidden_T1D, weight_VD, micro, temperature=temperature)
+            return replace(moments, logprobs_T=logprobs_T, entropy_T=entropy_T)
+
+        return self._look(micro_batches, collect)
+
+    def _look(self, micro_batches: Sequence[MicroBatch], on_hidden: Callable[[torch.Tensor, MicroBatch], T]) -> list[T]:
+        """What `on_hidden` makes of every micro-batch's last hidden states, without gradient and without dropout."""
+
+        def collect(hidden_T1D: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, T]:
+            return hidden_T1D.new_zeros(()), on_hidden(hidden_T1D, micro)
 
         for chunk in self.chunks:
             chunk.eval()
@@ -65,29 +89,19 @@ class PipelineRunner:
         # Megatron averages over micro-batches and data-parallel ranks; the loss carries global denominators already.
         undo_average = len(micro_batches) * self.parallel.ranks.dp_size
 
-        def compute(logits_1TV: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, Metric]]:
-            logprobs_T, entropy_T = self._logprob_entropy(logits_1TV, micro, temperature)
+        def compute(hidden_T1D: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, Metric]]:
+            logprobs_T, entropy_T = self._logprob_entropy(hidden_T1D, micro, temperature)
             value, metrics = loss(logprobs_T, entropy_T, micro)
             return value * undo_average, metrics
 
         return self._run(micro_batches, compute, forward_only=False)
 
     def _logprob_entropy(
-        self, logits_1TV: torch.Tensor, micro: MicroBatch, temperature: float
+        self, hidden_T1D: torch.Tensor, micro: MicroBatch, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-prob and entropy from this rank's vocabulary shard; logits are consumed (overwritten in backward)."""
-        logits_TV = logits_1TV.squeeze(0)
-        first = self.parallel.ranks.tp_rank * logits_TV.shape[1]
-        real = min(max(self.vocab_size - first, 0), logits_TV.shape[1])
-        if real < logits_TV.shape[1]:
-            # Padding takes no part in the softmax, as in the engine; its probability and gradient are exactly 0.
-            logits_TV.detach()[:, real:].fill_(-torch.inf)
-        group = self.parallel.tp_group if self.parallel.ranks.tp_size > 1 else None
-        return ops.vocab_parallel_logprob_entropy(
-            logits_TV, micro.targets_T, temperature=temperature, group=group, inplace_backward=True
-        )
+        return self.head(hidden_T1D, unwrap(self.chunks[-1]).head_weight(), micro, temperature=temperature)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], on_logits: Callable, *, forward_only: bool) -> list:
+    def _run(self, micro_batches: Sequence[MicroBatch], on_hidden: Callable, *, forward_only: bool) -> list:
         if not micro_batches:
             raise ValueError("micro_batches must not be empty: every data-parallel rank runs the same number")
         packs = [_packed_sequences(micro) for micro in micro_batches]
@@ -103,7 +117,7 @@ class PipelineRunner:
                 packed_seq_params=packs[index],
                 **extra,
             )
-            return output, partial(on_logits, micro=micro)
+            return output, partial(on_hidden, micro=micro)
 
         indices = range(len(micro_batches))
         run = get_forward_backward_func()

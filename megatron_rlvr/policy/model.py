@@ -20,6 +20,22 @@ from megatron_rlvr.weights.hf_config import ModelShape
 TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
 
 
+class PolicyModel(GPTModel):
+    """Megatron's GPTModel, whose last stage hands over hidden states instead of logits.
+
+    The head (`policy.head`) makes logits from them: of response tokens alone, in the model's own dtype, and piece by
+    piece where memory is short.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **more: object) -> torch.Tensor:
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """Output weight [padded vocabulary / TP, D] of this rank; on the last stage."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+
 def transformer_config(shape: ModelShape, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration for a shape; every fusion that needs a GPU is off without one."""
     dtype = TORCH_DTYPE[model.dtype]
@@ -115,7 +131,7 @@ def build_chunks(
     for vp_stage in range(parallel.vpp):
         config = transformer_config(shape, model, parallel)
         stage = vp_stage if parallel.vpp > 1 else None
-        chunk = GPTModel(
+        chunk = PolicyModel(
             config=config,
             transformer_layer_spec=block_spec(config, vp_stage=stage),
             vocab_size=padded_vocab_size,
@@ -155,8 +171,15 @@ def wrap_for_training(chunks: list[torch.nn.Module], parallel: ParallelConfig) -
     return wrapped
 
 
-def unwrap(chunk: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
-    while not isinstance(chunk, GPTModel):
+def unwrap(chunk: torch.nn.Module) -> PolicyModel:
+    """The model inside DistributedDataParallel and Float16Module."""
+    while not isinstance(chunk, PolicyModel):
         chunk = chunk.module  # type: ignore[assignment]
     return chunk
+
+
+def has_auxiliary_loss(chunk: torch.nn.Module) -> bool:
+    """Whether Megatron adds a loss over the routing of all tokens to the gradient."""
+    config = unwrap(chunk).config
+    balances = config.num_moe_experts is not None and config.moe_router_load_balancing_type != "none"
+    return balances or config.moe_z_loss_coeff is not None

@@ -23,7 +23,7 @@ class UpdateResult:
     """Global L2 norm before clipping."""
     lr: float
     skipped: bool
-    """True when the gradient was not finite: nothing was updated."""
+    """True when the loss or the gradient was not finite: nothing was updated."""
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -67,8 +67,11 @@ def build_optimizer(
     )
 
 
-def step_optimizer(optimizer: ChainedOptimizer, lr: float) -> UpdateResult:
-    """Clips and applies the accumulated gradients at learning rate `lr`; a gradient that is not finite is dropped.
+def step_optimizer(optimizer: ChainedOptimizer, lr: float, *, finite: bool = True) -> UpdateResult:
+    """Clips and applies the accumulated gradients at learning rate `lr`; one that is not finite is dropped.
+
+    Args:
+        finite: whether the loss was, on all ranks; of one that was not, the gradient is dropped too.
 
     Megatron's own `step` asks for finiteness only under loss scaling, so the parts of it are called one by one.
     """
@@ -76,7 +79,7 @@ def step_optimizer(optimizer: ChainedOptimizer, lr: float) -> UpdateResult:
         group["lr"] = lr * group.get("lr_mult", 1.0)
     found_inf = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if found_inf or not math.isfinite(norm):
+    if found_inf or not finite or not math.isfinite(norm):
         optimizer.zero_grad()
         return UpdateResult(grad_norm=norm, lr=lr, skipped=True)
     for part in optimizer.chained_optimizers:

@@ -101,11 +101,6 @@ class ParallelContext:
     def dp_group(self) -> dist.ProcessGroup:
         return parallel_state.get_data_parallel_group()
 
-    @property
-    def last_stage_src(self) -> int:
-        """Global rank of the last pipeline stage with this rank's TP and DP coordinates."""
-        return parallel_state.get_pipeline_model_parallel_last_rank()
-
     def broadcast_object(self, value: Any, *, src: int = 0) -> Any:
         """`value` of global rank `src` on every rank, over the control group."""
         box = [value]
@@ -117,6 +112,18 @@ class ParallelContext:
         values: list[Any] = [None] * self.ranks.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def gather_to_main(self, value: Any) -> list[Any] | None:
+        """Every rank's `value` in rank order, on rank 0; None on the others."""
+        values: list[Any] | None = [None] * self.ranks.world_size if self.ranks.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control_group)
+        return values
+
+    def any_rank(self, condition: bool) -> bool:
+        """Whether the condition holds on any rank; the same answer on every rank."""
+        flag = torch.tensor(int(condition))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control_group)
+        return bool(flag)
 
     def barrier(self) -> None:
         dist.barrier(group=self.control_group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from megatron_rlvr.config.schema import ModelConfig, OptimConfig, ParallelConfig
 from megatron_rlvr.metrics import Metric, merge
 from megatron_rlvr.policy import model, optimizer, platform, weights
 from megatron_rlvr.policy.forward import PipelineRunner, TokenLoss
+from megatron_rlvr.policy.head import TokenHead
 from megatron_rlvr.policy.optimizer import UpdateResult
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.types import MicroBatch
@@ -65,10 +66,17 @@ class Policy:
             for chunk in chunks:
                 chunk.requires_grad_(False)
         self.chunks = chunks
-        self.runner = PipelineRunner(chunks, parallel, vocab_size=shape.vocab_size)
+        logits_bytes = None if model_config.logits_mb is None else model_config.logits_mb << 20
+        head = TokenHead(parallel, vocab_size=shape.vocab_size, logits_bytes=logits_bytes)
+        self.runner = PipelineRunner(chunks, parallel, head=head)
         self.optimizer = None
         if trainable:
             self.reset_optimizer(optim)
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the model adds a loss of its own over all tokens, such as one for the balance of its experts."""
+        return model.has_auxiliary_loss(self.chunks[0])
 
     def reset_optimizer(self, optim: OptimConfig) -> None:
         """Forgets the optimizer's moments; weights stay."""
@@ -96,17 +104,18 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self.runner.forward_backward(micro_batches, loss, temperature=temperature)
-        return merge(metrics), optimizer.step_optimizer(self.optimizer, lr)
+        bad_losses = torch.zeros((), device=self.device)
 
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole Hugging Face tensors of this pipeline stage, one after the other, gathered over its tensor ranks."""
-        return self.weights.export()
+        def watched(
+            logprobs_T: torch.Tensor, entropy_T: torch.Tensor, micro: MicroBatch
+        ) -> tuple[torch.Tensor, dict[str, Metric]]:
+            value, metrics = loss(logprobs_T, entropy_T, micro)
+            bad_losses.add_(~torch.isfinite(value.detach()))
+            return value, metrics
 
-    @property
-    def exports(self) -> bool:
-        """Whether this rank must iterate `export`, since others gather from it."""
-        return self.weights.takes_part
+        metrics = self.runner.forward_backward(micro_batches, watched, temperature=temperature)
+        finite = not self.parallel.any_rank(self.runner.head.take_broken() or bool(bad_losses))
+        return merge(metrics), optimizer.step_optimizer(self.optimizer, lr, finite=finite)
 
     def save_hf(self, out: str | Path, *, like: str | Path) -> None:
         """Writes the weights as a Hugging Face folder; tokenizer and config files come from `like`. Atomic."""

@@ -7,11 +7,13 @@ variables). Every loaded parameter is checked against the Hugging Face folder.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_rlvr.config.schema import DType, ModelConfig, ParallelConfig
 from megatron_rlvr.policy import model, platform
@@ -26,6 +28,8 @@ from megatron_rlvr.weights.slices import load_shard
 def main() -> None:
     hf_dir, converted_dir, save_dir = sys.argv[1:4]
     sizes = json.loads(sys.argv[4])
+    # What the writers of one rank answer into. Megatron starts a process for it that imports everything anew.
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     shape = ModelShape.from_hf(hf_dir)
     mapping = Mapping(shape, layout=Layout(**sizes), naming="local")
     with ParallelContext(ParallelConfig(**sizes), seed=0, timeout_s=200) as parallel:

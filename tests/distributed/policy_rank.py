@@ -64,6 +64,7 @@ def main(job: dict[str, Any]) -> None:
         # rounding noise moves by a whole learning rate in either direction.
         optim = OptimConfig(lr=1e-2, weight_decay=0.0, eps=1e-3)
         policy = Policy(job["path"], shape, model_config=model, parallel=parallel, optim=optim)
+        policy.runner.head.logits_bytes = job["logits_bytes"]
         batch = sequences(shape.vocab_size)
         plan = plan_microbatches(
             [sequence.num_tokens for sequence in batch],

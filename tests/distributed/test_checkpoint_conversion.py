@@ -14,12 +14,13 @@ from megatron_rlvr.weights.conversion import Team, compare, hf_to_megatron, mega
 from megatron_rlvr.weights.hf_config import ModelShape
 from megatron_rlvr.weights.layout import Layout
 from megatron_rlvr.weights.mapping import Mapping
-from tests.distributed.ranks import ROOT, run_ranks
+from tests.distributed.ranks import run_ranks
+from tests.paths import ROOT
 
 DENSE: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "vocab_size": 200,
+    "vocab_size": 203,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -34,6 +35,7 @@ TIED = {
     **{name: value for name, value in DENSE.items() if name != "head_dim"},
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
+    "num_key_value_heads": 8,
     "tie_word_embeddings": True,
 }
 MOE = {

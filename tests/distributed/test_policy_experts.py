@@ -13,6 +13,7 @@ import torch
 
 from megatron_rlvr.rollout import platform
 from tests.distributed.policy_rank import TEMPERATURE, sequences
+from tests.distributed.test_first_order import measure
 from tests.distributed.test_policy_layouts import assert_same, train
 
 
@@ -67,3 +68,14 @@ def test_logprobs_agree_with_hugging_face(model: Path, single) -> None:
         logprobs = logits.log_softmax(-1)[len(sequence.prompt_ids) - 1 : -1]
         chosen = logprobs.gather(1, torch.from_numpy(sequence.response_ids)[:, None])[:, 0]
         np.testing.assert_allclose(single[0]["logprobs"][0][sequence.trajectory][0], chosen.numpy(), atol=1e-5)
+
+
+def test_entropy_change_is_predicted_over_expert_ranks(model: Path, tmp_path: Path) -> None:
+    single = measure(model, tmp_path / "single")
+    for row in single["rows"]:
+        assert row["measured"] / row["predicted"] == pytest.approx(1.0, abs=0.1)
+    for parallel in ({"ep": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}):
+        got = measure(model, tmp_path / json.dumps(parallel), world_size=2, **parallel)
+        assert got["kept"]
+        for row, want in zip(got["rows"], single["rows"], strict=True):
+            assert row["predicted"] == pytest.approx(want["predicted"], rel=1e-3)

@@ -58,10 +58,11 @@ def train(
     recompute: str = "none",
     dtype: str = "fp32",
     ops: str = "native",
+    logits_bytes: int | None = None,
     **parallel: Any,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     job = {"path": str(model), "out": str(out), "parallel": parallel, "max_tokens": max_tokens}
-    job |= {"recompute": recompute, "dtype": dtype, "ops": ops}
+    job |= {"recompute": recompute, "dtype": dtype, "ops": ops, "logits_bytes": logits_bytes}
     run_ranks(SCRIPT, [json.dumps(job)], world_size=world_size)
     return pickle.loads(out.with_suffix(".pkl").read_bytes()), load_file(out / "model.safetensors")
 
@@ -105,6 +106,17 @@ def test_packing_changes_nothing(model, single, tmp_path: Path) -> None:
     alone = train(model, tmp_path / "trained", max_tokens=24)
     assert alone[0]["num_micro_batches"] > single[0]["num_micro_batches"]
     assert_same(alone, single)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [("tied", "tp2"), ("untied", "tp2_sequence_parallel")],
+    indirect=["model"],
+)
+def test_logits_piece_by_piece_change_nothing(layout, model, single, tmp_path: Path) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    got = train(model, tmp_path / "trained", world_size=world_size, logits_bytes=4096, **parallel)
+    assert_same(got, single)
 
 
 @TIED
