@@ -32,11 +32,13 @@ class Series:
     values: Values
     """One per step of the chart, None where there is none."""
     color: int = 1
-    """1 to 4, a colour of the page's palette."""
+    """1 to 8, a colour of the page's palette."""
     pale: bool = False
     """Drawn thin, as background to the main quantity."""
     errors: Values | None = None
     """Half lengths of error bars."""
+    marks: bool = False
+    """Drawn as marks alone, for values that no line should join."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +64,8 @@ class Chart:
     """Marks at the values, for a quantity that is measured now and then."""
     bounds: tuple[float, float] | None = None
     """The axis never reaches beyond these."""
+    no_headline: bool = False
+    """No latest value beside the title, as for several lines of equal rank."""
 
     def format(self, value: float | None) -> str:
         """A value as text, with its unit."""
@@ -132,7 +136,7 @@ class _Axis:
         return self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def _ticks(low: float, high: float, count: int) -> list[float]:
+def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round numbers within [low, high], about `count` of them."""
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -169,7 +173,7 @@ def _value_range(chart: Chart) -> tuple[float, float]:
 
 def _value_ticks(chart: Chart, low: float, high: float) -> list[float]:
     if not chart.log:
-        return _ticks(low, high, 4)
+        return round_ticks(low, high)
     first, last = round(math.log10(low)), round(math.log10(high))
     stride = math.ceil((last - first) / 5)
     return [10.0**p for p in range(first, last + 1, max(stride, 1))]
@@ -209,7 +213,7 @@ def _grid(chart: Chart, x: _Axis, y: _Axis, low: float, high: float) -> str:
         text = f"{tick * 100:g}%" if chart.percent else (_power_of_ten(tick) if chart.log else number(tick))
         parts.append(f'<line class="grid" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6:g}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for tick in _ticks(chart.steps[0], max(chart.steps[-1], chart.steps[0] + 1), 5):
+    for tick in round_ticks(chart.steps[0], max(chart.steps[-1], chart.steps[0] + 1), 5):
         if tick == int(tick):
             anchor = "end" if x(tick) > WIDTH - RIGHT - 12 else "middle"
             parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 8:g}" text-anchor="{anchor}">{int(tick)}</text>')
@@ -226,6 +230,9 @@ def _lines(chart: Chart, x: _Axis, y: _Axis) -> str:
     for series in sorted(chart.series, key=lambda s: not s.pale):
         visible = [None if v is None or (chart.log and v <= 0) else v for v in series.values]
         drawn = sum(v is not None for v in visible)
+        if series.marks:
+            parts.append(_marks(chart, series, x, y))
+            continue
         smooth = drawn >= SMOOTH_FROM and not series.pale and not chart.points
         if smooth:
             parts.append(_line(chart, series, visible, x, y, pale=True))

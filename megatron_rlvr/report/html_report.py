@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -14,35 +12,47 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from megatron_rlvr.report.charts import SMOOTH_FROM, Chart, Series, draw, number
+from megatron_rlvr.report.charts import SMOOTH_FROM, Chart, Series, number
+from megatron_rlvr.report.entropy_view import control_section, covariance_section, dynamics_section, entropy_chart
+from megatron_rlvr.report.eval_sets_view import eval_sets_section
+from megatron_rlvr.report.evaluations import Row, evaluations
+from megatron_rlvr.report.law_view import law_section
 from megatron_rlvr.report.live_view import clock
 from megatron_rlvr.report.metrics_writer import METRICS_FILE, read_metrics
+from megatron_rlvr.report.panels import chart_of, figures, present
 from megatron_rlvr.report.run_directory import RESOLVED_CONFIG
 from megatron_rlvr.report.samples import CONTENT_MARK, SAMPLES_DIR
+from megatron_rlvr.report.token_map import token_map_section
 
 REPORT_FILE = "report.html"
 ENDS = 5
 """Steps at either end of a run whose mean stands for its start and its end."""
 
-Row = Mapping[str, Any]
-
 HIGHLIGHTS = (
-    ("model", "model.path"),
-    ("precision", "model.dtype"),
-    ("advantage", "advantage.estimator"),
-    ("quantile level K", "advantage.K"),
-    ("policy loss", "loss.name"),
-    ("clip range", ("loss.eps_low", "loss.eps_high")),
-    ("aggregation", "loss.aggregation"),
-    ("learning rate", "optim.lr"),
-    ("prompts a step", "rollout.prompts_per_step"),
-    ("responses a prompt", "rollout.group_size"),
-    ("updates a rollout", "train.updates_per_rollout"),
-    ("temperature", "rollout.temperature"),
-    ("longest response", "rollout.max_response_tokens"),
-    ("TP / PP / CP / EP", ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep")),
-    ("seed", "train.seed"),
+    ("model", "model.path", ""),
+    ("precision", "model.dtype", ""),
+    ("advantage", "advantage.estimator", ""),
+    ("quantile level K", "advantage.K", "advantage.estimator=qae"),
+    ("policy loss", "loss.name", ""),
+    ("clip range", ("loss.eps_low", "loss.eps_high"), "loss.name=ppo"),
+    *(
+        ("clip range", (f"loss.{name}.eps_low", f"loss.{name}.eps_high"), f"loss.name={name}")
+        for name in ("clip_cov", "gspo", "cispo")
+    ),
+    *(("share of tokens selected", f"loss.{name}.ratio", f"loss.name={name}") for name in ("clip_cov", "kl_cov")),
+    ("penalty beta", "loss.kl_cov.beta", "loss.name=kl_cov"),
+    ("aggregation", "loss.aggregation", ""),
+    ("learning rate", "optim.lr", ""),
+    ("prompts a step", "rollout.prompts_per_step", ""),
+    ("responses a prompt", "rollout.group_size", ""),
+    ("updates a rollout", "train.updates_per_rollout", ""),
+    ("temperature", "rollout.temperature", ""),
+    ("longest response", "rollout.max_response_tokens", ""),
+    ("TP / PP / CP / EP", ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep"), ""),
+    ("seed", "train.seed", ""),
+    ("diagnostics every", "diagnostics.every", ""),
 )
+"""Label, settings, and the setting without which they would have no effect (empty: none)."""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -66,7 +76,13 @@ def write_report(run_dir: Path) -> Path:
     parts = [
         f"<header><h1>{experiment}</h1><p>run {run}{_progress(rows, config)}</p></header>",
         _tiles(rows),
-        _charts(rows),
+        figures(charts_of(rows)),
+        eval_sets_section(rows),
+        dynamics_section(rows),
+        covariance_section(rows),
+        law_section(rows),
+        control_section(rows),
+        token_map_section(run_dir),
         _settings(config) if isinstance(config, DictConfig) else "",
         _samples(run_dir),
         _footer(rows),
@@ -88,16 +104,12 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _present(rows: Sequence[Row], key: str) -> list[float]:
-    return [row[key] for row in rows if row.get(key) is not None]
-
-
 def _progress(rows: Sequence[Row], config: Any) -> str:
     if not rows:
         return ", no step finished yet"
     planned = OmegaConf.select(config, "train.steps") if config is not None else None
     of = f" of {planned}" if planned is not None else ""
-    seconds = sum(sum(_present(rows, key)) for key in ("time/rollout_s", "time/train_s", "time/sync_s"))
+    seconds = sum(sum(present(rows, key)) for key in ("time/rollout_s", "time/train_s", "time/sync_s"))
     return f", step {rows[-1]['step']}{of}, {clock(seconds)} in steps"
 
 
@@ -128,35 +140,6 @@ def _tile(heading: str, value: str, below: str, *, main: bool = False) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Held-out accuracy at one step."""
-
-    step: int
-    accuracy: float
-    num_problems: int | None
-
-    @property
-    def standard_error(self) -> float | None:
-        """Of the accuracy as a share of `num_problems` independent problems."""
-        if not self.num_problems:
-            return None
-        return math.sqrt(max(self.accuracy * (1 - self.accuracy), 0.0) / self.num_problems)
-
-
-def evaluations(rows: Sequence[Row]) -> list[Evaluation]:
-    """What was measured on held-out problems; ``eval/start_accuracy`` of a row is that before its step."""
-    found = []
-    for row in rows:
-        for key, step in (("eval/start_accuracy", row["step"] - 1), ("eval/accuracy", row["step"])):
-            if row.get(key) is not None:
-                problems = row.get("eval/num_problems")
-                found.append(
-                    Evaluation(step=step, accuracy=row[key], num_problems=None if problems is None else int(problems))
-                )
-    return found
-
-
 def _accuracy_tile(rows: Sequence[Row]) -> str:
     measured = evaluations(rows)
     if not measured:
@@ -170,7 +153,7 @@ def _accuracy_tile(rows: Sequence[Row]) -> str:
 
 
 def _trend_tile(rows: Sequence[Row], key: str, heading: str, unit: str = "") -> str:
-    seen = _present(rows, key)
+    seen = present(rows, key)
     if not seen:
         return ""
     width = min(ENDS, max(1, len(seen) // 2))
@@ -180,14 +163,14 @@ def _trend_tile(rows: Sequence[Row], key: str, heading: str, unit: str = "") -> 
 
 
 def _mean_tile(rows: Sequence[Row], key: str, heading: str, form: Any, unit: str = "") -> str:
-    seen = _present(rows, key)
+    seen = present(rows, key)
     if not seen:
         return ""
     return _tile(heading, form(statistics.fmean(seen)), f"{unit}, mean".lstrip(", "))
 
 
 def _time_tile(rows: Sequence[Row]) -> str:
-    totals = {name: sum(_present(rows, f"time/{name}_s")) for name in ("rollout", "train", "sync")}
+    totals = {name: sum(present(rows, f"time/{name}_s")) for name in ("rollout", "train", "sync")}
     total = sum(totals.values())
     if total <= 0:
         return ""
@@ -198,18 +181,13 @@ def _time_tile(rows: Sequence[Row]) -> str:
 # ---- charts
 
 
-def _charts(rows: Sequence[Row]) -> str:
-    figures = [_figure(chart) for chart in charts_of(rows)]
-    return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
-
-
 def charts_of(rows: Sequence[Row]) -> list[Chart]:
     """The charts for which there are values; what a run is for comes first."""
     charts = [
         _accuracy_chart(rows),
-        _chart(rows, "Reward", {"reward/mean": "mean", "reward/max": "largest"}, from_zero=True),
-        _chart(rows, "Entropy", {"entropy/mean": "entropy"}, unit="nats", from_zero=True),
-        _chart(
+        chart_of(rows, "Reward", {"reward/mean": "mean", "reward/max": "largest"}, from_zero=True),
+        entropy_chart(rows),
+        chart_of(
             rows,
             "Zero-advantage share",
             {"advantage/zero_fraction": "share"},
@@ -217,46 +195,32 @@ def charts_of(rows: Sequence[Row]) -> list[Chart]:
             bounds=(0.0, 1.0),
             from_zero=True,
         ),
-        _chart(rows, "Token covariance", {"cov/mean": "mean"}, note="of log-probability and advantage"),
-        _chart(rows, "Response length", {"response/length_mean": "mean"}, unit="tokens", from_zero=True),
-        _chart(
+        chart_of(rows, "Token covariance", {"cov/mean": "mean"}, note="of log-probability and advantage"),
+        chart_of(rows, "Response length", {"response/length_mean": "mean"}, unit="tokens", from_zero=True),
+        chart_of(
             rows,
             "Time a step",
-            {"time/rollout_s": "rollout", "time/train_s": "train", "time/sync_s": "weight sync"},
+            {
+                "time/rollout_s": "rollout",
+                "time/train_s": "train",
+                "time/sync_s": "weight sync",
+                "time/diagnostics_s": "diagnostics",
+            },
             unit="s",
             stacked=True,
         ),
-        _chart(
+        chart_of(
             rows,
             "Log-prob difference",
             {"rollout/logprob_diff_mean": "mean", "rollout/logprob_diff_max": "largest"},
             note="trainer against engine, nats",
             log=True,
         ),
-        _chart(rows, "Policy loss", {"loss/policy": "loss"}),
-        _chart(rows, "Gradient norm", {"grad_norm": "norm"}, note="before clipping", from_zero=True),
-        _chart(rows, "Throughput", {"tokens_per_s": "tokens"}, unit="tokens/s", from_zero=True),
+        chart_of(rows, "Policy loss", {"loss/policy": "loss"}),
+        chart_of(rows, "Gradient norm", {"grad_norm": "norm"}, note="before clipping", from_zero=True),
+        chart_of(rows, "Throughput", {"tokens_per_s": "tokens"}, unit="tokens/s", from_zero=True),
     ]
     return [chart for chart in charts if chart is not None]
-
-
-def _chart(rows: Sequence[Row], title: str, labels: Mapping[str, str], **options: Any) -> Chart | None:
-    """A chart of the keys that have values, over the steps that have one; None where none has."""
-    found = [key for key in labels if _present(rows, key)]
-    measured = [row for row in rows if any(row.get(key) is not None for key in found)]
-    if not measured:
-        return None
-    series = [
-        Series(
-            label=labels[key],
-            # By place in `labels`, so that a quantity keeps its colour when another is missing.
-            color=1 + list(labels).index(key),
-            values=[row.get(key) for row in measured],
-            pale=labels[key] == "largest",
-        )
-        for key in found
-    ]
-    return Chart(title=title, steps=[row["step"] for row in measured], series=series, **options)
 
 
 def _accuracy_chart(rows: Sequence[Row]) -> Chart | None:
@@ -278,25 +242,14 @@ def _accuracy_chart(rows: Sequence[Row]) -> Chart | None:
     )
 
 
-def _figure(chart: Chart) -> str:
-    main = next(s for s in chart.series if not s.pale)
-    latest = next((v for v in reversed(main.values) if v is not None), None)
-    if chart.stacked:
-        latest = sum(next((v for v in reversed(s.values) if v is not None), 0.0) for s in chart.series)
-    keys = [f'<span class="key c{s.color}">{escape(s.label)}</span>' for s in chart.series if len(chart.series) > 1]
-    if chart.note:
-        keys.append(f"<span>{escape(chart.note)}</span>")
-    below = f'<p class="legend">{"".join(keys)}</p>' if keys else ""
-    heading = f"<h3>{escape(chart.title)}</h3><b>{escape(chart.format(latest))}</b>"
-    return f'<figure class="card"><figcaption>{heading}</figcaption>{below}{draw(chart)}</figure>'
-
-
 # ---- settings and samples
 
 
 def _settings(config: DictConfig) -> str:
     cells = []
-    for label, keys in HIGHLIGHTS:
+    for label, keys, condition in HIGHLIGHTS:
+        if not _holds(config, condition):
+            continue
         found = [OmegaConf.select(config, key) for key in ([keys] if isinstance(keys, str) else keys)]
         if any(value is not None for value in found):
             text = " / ".join("–" if value is None else str(value) for value in found)
@@ -306,6 +259,12 @@ def _settings(config: DictConfig) -> str:
         f'<h2>Settings</h2><dl class="card settings" style="margin:0">{"".join(cells)}</dl>'
         f'<details class="card"><summary>The whole configuration</summary><pre>{whole}</pre></details>'
     )
+
+
+def _holds(config: DictConfig, condition: str) -> bool:
+    """Whether a setting has a value; one that the file does not name may have any."""
+    key, _, value = condition.partition("=")
+    return not key or OmegaConf.select(config, key) in (None, value)
 
 
 def _samples(run_dir: Path) -> str:

@@ -86,6 +86,24 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def rewind(self, step: int) -> None:
+        """Takes back the rows of later steps, which a resumed run writes again; the file changes whole or not at all.
+
+        TensorBoard is told to hide what it has of them. Weights & Biases keeps its first rows of a step.
+        """
+        self._file.close()
+        rows = read_metrics(self.path.parent)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            fresh = self.path.with_name(f".{self.path.name}.new")
+            fresh.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+            os.replace(fresh, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._tensorboard is not None and step:
+            folder = self._tensorboard.log_dir
+            self._tensorboard.close()
+            self._tensorboard = type(self._tensorboard)(log_dir=folder, purge_step=step + 1)
+
     def close(self) -> None:
         """Closes every sink; a second call does nothing."""
         self._file.close()

@@ -20,6 +20,8 @@ class Sample:
     """One rollout that is shown, with its place in the batch."""
 
     group: RolloutGroup
+    group_index: int
+    """Index of the group in the batch."""
     number: int
     """Index of the rollout in its group."""
     advantage: float | None
@@ -54,7 +56,7 @@ def write_samples(
     total = sum(len(group.rollouts) for group in groups)
     if advantages_N is not None and len(advantages_N) != total:
         raise ValueError(f"advantages_N must have one entry per rollout ({total}), got {len(advantages_N)}")
-    samples = _choose(groups, count, advantages_N)
+    samples = choose_samples(groups, count, advantages_N)
     if not samples:
         return None
     lines = [f"step {step}", ""]
@@ -70,7 +72,15 @@ def write_samples(
     return path
 
 
-def _choose(groups: Sequence[RolloutGroup], count: int, advantages_N: np.ndarray | None) -> list[Sample]:
+def remove_samples(run_dir: Path, *, after: int) -> None:
+    """Removes the files of steps after `after`, which a resumed run does again."""
+    for path in (Path(run_dir) / SAMPLES_DIR).glob("*_*.*"):
+        if int(path.stem.partition("_")[2]) > after:
+            path.unlink()
+
+
+def choose_samples(groups: Sequence[RolloutGroup], count: int, advantages_N: np.ndarray | None = None) -> list[Sample]:
+    """Up to `count` rollouts as `write_samples` shows them, with the same arguments."""
     starts = np.cumsum([0, *(len(group.rollouts) for group in groups)])
     by_interest = sorted(range(len(groups)), key=lambda i: not groups[i].mixed)
     samples: list[Sample] = []
@@ -79,7 +89,7 @@ def _choose(groups: Sequence[RolloutGroup], count: int, advantages_N: np.ndarray
             if len(samples) == count:
                 return samples
             advantage = None if advantages_N is None else float(advantages_N[starts[i] + number])
-            samples.append(Sample(group=groups[i], number=number, advantage=advantage))
+            samples.append(Sample(group=groups[i], group_index=i, number=number, advantage=advantage))
     return samples
 
 

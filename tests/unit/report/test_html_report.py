@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_rlvr.report import METRICS_FILE, RESOLVED_CONFIG, MetricsWriter, write_report, write_samples
-from megatron_rlvr.report.html_report import evaluations
+from megatron_rlvr.report.evaluations import evaluations
 from megatron_rlvr.types import FinishReason, Prompt, Rollout, RolloutGroup
 
 VOID = {"meta", "line", "path", "circle", "br"}
@@ -96,6 +96,23 @@ def test_the_report_shows_what_the_run_was_for_and_loads_nothing(tmp_path: Path)
         "Gradient norm",
         "Throughput",
     ]
+
+
+def test_settings_without_effect_are_not_shown_as_the_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [row(1)])
+    (run / RESOLVED_CONFIG).write_text(
+        "advantage: {estimator: grpo, K: '0.4'}\n"
+        "loss: {name: kl_cov, eps_low: 0.2, eps_high: 0.28, kl_cov: {ratio: 2e-3, beta: 1.0}, "
+        "gspo: {eps_low: 3.0e-4, eps_high: 4.0e-4}}\n"
+    )
+    page = write_report(run).read_text(encoding="utf-8")
+    settings = dict(re.findall(r"<dt>([^<]+)</dt><dd>([^<]+)</dd>", page))
+    assert settings == {
+        "advantage": "grpo",
+        "policy loss": "kl_cov",
+        "share of tokens selected": "0.002",
+        "penalty beta": "1.0",
+    }
 
 
 def test_accuracy_before_the_first_step_is_the_start() -> None:

@@ -71,3 +71,15 @@ def test_a_sink_that_is_not_installed_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=rf"logging\.{sink} must be false where {sink} is not installed, got true"):
         MetricsWriter(tmp_path, tensorboard=sink == "tensorboard", wandb=sink == "wandb")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rewind_takes_back_later_steps(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=True, wandb=False) as writer:
+        for step in range(1, 6):
+            writer.write({"step": step, "x": float(step)})
+        writer.rewind(3)
+        writer.write({"step": 4, "x": 40.0})
+        assert [(row["step"], row["x"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+        writer.rewind(0)
+        assert read_metrics(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ""] == ["metrics.jsonl"]
