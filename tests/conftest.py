@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch in the test process must not fight the server for cores
 
 from megatron_rlvr.config.schema import DType, RolloutConfig, ServerConfig
 from megatron_rlvr.rollout.server import LocalServers, ServerInfo
 from tests.fakes.tiny_qwen3 import write_tiny_qwen3
+
+SHARED_PARTS = ("contract", "slurm")
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C and hands that down; what tests start listens as in the foreground."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Dealer(LoadScopeScheduling):
+    """Deals tests to pytest-xdist's workers: whole folders whose tests share a server or a cluster, else files."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = file.split("/")[1]
+        return folder if folder in SHARED_PARTS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Dealer:
+    """Of pytest-xdist; `make test` uses three workers."""
+    return Dealer(config, log)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_rlvr.config.schema import ScratchModelConfig
+from megatron_rlvr.trainer.warm_cache import keep_first
 from megatron_rlvr.weights.hf_config import ModelShape
 from megatron_rlvr.weights.layout import Layout
 from megatron_rlvr.weights.mapping import Mapping
@@ -22,7 +23,7 @@ PAD, EOS = "<|pad|>", "<|end|>"
 
 
 def make_model(out: Path, config: ScratchModelConfig, *, texts: Iterable[str], seed: int) -> None:
-    """Writes the folder with random weights; it appears whole or not at all.
+    """Writes the folder with random weights, unless it is there; it appears whole or not at all.
 
     Args:
         texts: prompts and answers of the task; the tokenizer learns its pieces from them, digits stay single.
@@ -31,13 +32,11 @@ def make_model(out: Path, config: ScratchModelConfig, *, texts: Iterable[str], s
     partial.mkdir(parents=True)
     try:
         vocab_size = _write_tokenizer(partial, texts, config)
-        hf_config = _hf_config(config, vocab_size)
-        (partial / "config.json").write_text(json.dumps(hf_config, indent=2))
+        fields = hf_config(config, vocab_size)
+        (partial / "config.json").write_text(json.dumps(fields, indent=2))
         (partial / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0}))
-        save_file(_random_weights(ModelShape.from_hf(hf_config), seed), partial / "model.safetensors", {"format": "pt"})
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        save_file(_random_weights(ModelShape.from_hf(fields), seed), partial / "model.safetensors", {"format": "pt"})
+        keep_first(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -62,7 +61,8 @@ def _write_tokenizer(folder: Path, texts: Iterable[str], config: ScratchModelCon
     return tokenizer.get_vocab_size()
 
 
-def _hf_config(config: ScratchModelConfig, vocab_size: int) -> dict[str, object]:
+def hf_config(config: ScratchModelConfig, vocab_size: int) -> dict[str, object]:
+    """The config.json of such a model."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,14 +16,8 @@ from megatron_rlvr.metrics import Metric
 from megatron_rlvr.policy.optimizer import learning_rate
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.policy.policy import Policy
-from megatron_rlvr.trainer.batch import on_device
+from megatron_rlvr.trainer.update.batch import on_device
 from megatron_rlvr.types import MicroBatch
-
-
-def cache_key(config: RunConfig) -> str:
-    """Names everything that decides the result: model, task, templates, recipe and seed."""
-    parts = [asdict(config.model), asdict(config.data), asdict(config.warm_start), config.train.seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def prompt_builder(config: RunConfig, tokenizer: Tokenizer) -> PromptBuilder:
@@ -122,9 +112,3 @@ def _cross_entropy(
     logprobs_T: torch.Tensor, entropy_T: torch.Tensor, micro: MicroBatch
 ) -> tuple[torch.Tensor, dict[str, Metric]]:
     return -(logprobs_T.double() * micro.weights_T.double()).sum(), {}
-
-
-def cached_model(cache_dir: Path, key: str) -> Path | None:
-    """The finished warm start of this key, or None."""
-    folder = cache_dir / key / "warm"
-    return folder if (folder / "config.json").is_file() else None

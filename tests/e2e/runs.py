@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.paths import ROOT, python_path
+
 MARK = "MEGATRON_RLVR_TEST_RUN"
 
 
@@ -26,20 +28,22 @@ class Finished:
     """Command lines of processes that outlived it."""
 
 
-def command(overrides: Sequence[str], *, ranks: int = 1) -> list[str]:
-    """The command line: torchrun for several ranks, plain python for one."""
+def command(overrides: Sequence[str], *, ranks: int = 1, module: str = "megatron_rlvr.train") -> list[str]:
+    """The command line: that of ``make train`` for several ranks, plain python for one."""
     if ranks == 1:
-        return [sys.executable, "-m", "megatron_rlvr.train", *overrides]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "megatron_rlvr.train", *overrides]
+        return [sys.executable, "-m", module, *overrides]
+    launcher = [sys.executable, "-m", "megatron_rlvr.launch", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, "-m", module, *overrides]
 
 
-def start(overrides: Sequence[str], *, ranks: int = 1, cwd: Path = ROOT) -> tuple[subprocess.Popen[str], str]:
+def start(
+    overrides: Sequence[str], *, ranks: int = 1, cwd: Path = ROOT, module: str = "megatron_rlvr.train"
+) -> tuple[subprocess.Popen[str], str]:
     """Begins a run; returns it with the mark that its whole family carries in the environment."""
     mark = uuid.uuid4().hex
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: mark}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), MARK: mark}
     process = subprocess.Popen(
-        command(overrides, ranks=ranks),
+        command(overrides, ranks=ranks, module=module),
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
@@ -49,9 +53,11 @@ def start(overrides: Sequence[str], *, ranks: int = 1, cwd: Path = ROOT) -> tupl
     return process, mark
 
 
-def train(overrides: Sequence[str], *, ranks: int = 1, timeout_s: float = 300.0) -> Finished:
+def train(
+    overrides: Sequence[str], *, ranks: int = 1, timeout_s: float = 300.0, module: str = "megatron_rlvr.train"
+) -> Finished:
     """Runs to the end."""
-    process, mark = start(overrides, ranks=ranks)
+    process, mark = start(overrides, ranks=ranks, module=module)
     try:
         output, _ = process.communicate(timeout=timeout_s)
     finally:
@@ -78,3 +84,13 @@ def _describe(process: psutil.Process) -> str:
         return " ".join(process.cmdline())[:200]
     except psutil.NoSuchProcess:
         return f"pid {process.pid}, gone meanwhile"
+
+
+def assert_servers_agree(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Every step's responses were sampled from the trainer's weights, as the log-probs of both sides show (fp32).
+
+    A step whose few tokens with an advantage agree to the last bit is no rarity; a run of them compares nothing.
+    """
+    gaps = [row["rollout/logprob_diff_max"] for row in rows]
+    assert all(0 <= gap < 1e-4 for gap in gaps), gaps
+    assert any(gap > 0 for gap in gaps), gaps

@@ -11,16 +11,22 @@ from megatron_rlvr.config.schema import (
     EvalConfig,
     GroupFilter,
     RolloutConfig,
+    RolloutSource,
     RunConfig,
     Schedule,
     WarmStartConfig,
 )
+from megatron_rlvr.data.eval_sets import check_sets
 from megatron_rlvr.data.problems import load_problems
 from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.loss import LOSSES, validate_loss
 from megatron_rlvr.loss.aggregation import AGGREGATIONS
 from megatron_rlvr.ops import backend
+from megatron_rlvr.rollout.api_key import check_listening, read_key
 from megatron_rlvr.rollout.engine import probe
+from megatron_rlvr.trainer.checks.composition import check_composition
+from megatron_rlvr.trainer.checks.transport import check_transport
+from megatron_rlvr.trainer.diagnostics.look import check_diagnostics
 from megatron_rlvr.types import EngineError
 from megatron_rlvr.weights.hf_config import ModelShape
 from megatron_rlvr.weights.layout import Layout
@@ -28,8 +34,15 @@ from megatron_rlvr.weights.layout import Layout
 PROBE_TIMEOUT_S = 5.0
 
 
-def check_config(config: RunConfig, *, world_size: int) -> list[str]:
+def check_config(
+    config: RunConfig, *, world_size: int, local_world_size: int | None = None, shape: ModelShape | None = None
+) -> list[str]:
     """Refuses what cannot work or would be ignored.
+
+    Args:
+        world_size: trainer ranks.
+        local_world_size: those on this machine; None where all are.
+        shape: the model's, where its folder need not be on this machine; None: read from `model.path`.
 
     Returns:
         Warnings worth a line at start-up.
@@ -37,10 +50,14 @@ def check_config(config: RunConfig, *, world_size: int) -> list[str]:
     Raises:
         ValueError: naming the field, what it must be and what it was.
     """
-    _check_model_source(config)
+    _check_model_source(config, shape)
     _check_layout(config, world_size)
     _check_numbers(config)
     _check_rollout(config.rollout)
+    check_transport(config, world_size=world_size, local_world_size=local_world_size or world_size)
+    _check_checkpoint(config)
+    _check_source(config)
+    check_diagnostics(config.diagnostics)
     _check_warm_start(config.warm_start, scratch=config.model.scratch is not None)
     ESTIMATORS.get(config.advantage.estimator)
     LOSSES.get(config.loss.name)
@@ -48,6 +65,7 @@ def check_config(config: RunConfig, *, world_size: int) -> list[str]:
         raise ValueError(f"loss.aggregation must be one of {sorted(AGGREGATIONS)}, got {config.loss.aggregation!r}")
     validate_advantage(config.advantage)
     warnings = validate_loss(config.loss, config.train.updates_per_rollout)
+    check_composition(config)
     try:
         backend.set_backend(config.ops.backend.value)
     except RuntimeError as error:
@@ -77,19 +95,25 @@ def check_shape(config: RunConfig, shape: ModelShape) -> None:
             f"data.max_prompt_tokens + rollout.max_response_tokens must be at most the model's "
             f"{shape.max_position_embeddings} positions, got {longest}"
         )
+    for spec in config.eval.sets:
+        asked = spec.max_response_tokens
+        if asked is not None and config.data.max_prompt_tokens + asked > shape.max_position_embeddings:
+            raise ValueError(
+                f"eval.sets {spec.name!r}: data.max_prompt_tokens + max_response_tokens must be at most the model's "
+                f"{shape.max_position_embeddings} positions, got {config.data.max_prompt_tokens + asked}"
+            )
 
 
-def whole_batch_reason(config: RunConfig, *, has_experts: bool) -> str | None:
-    """Why an update needs responses with zero advantage too; None where leaving them out is exact (spec A10)."""
-    if config.loss.name != "ppo":
-        return f"loss.name={config.loss.name} uses log-probs of all tokens"
-    if config.loss.kl_coef != 0.0:
-        return "the KL to the reference model has a gradient on all tokens"
-    if config.loss.entropy_coef != 0.0:
-        return "the entropy bonus has a gradient on all tokens"
-    if config.train.updates_per_rollout > 1:
-        return "old log-probs are needed of all tokens"
-    return "routing of experts counts all tokens" if has_experts else None
+def check_warm_start_missing(config: RunConfig, cache: Path, *, resumes: bool) -> None:
+    """Refuses what needs a finished warm start and cannot make one."""
+    replays = config.rollout.source is RolloutSource.replay
+    for condition, reason in (
+        (replays and not resumes, "with rollout.source=replay: it asks servers"),
+        (not config.train.enabled, "with train.enabled=false"),
+        (resumes and config.loss.kl_coef != 0.0, "to resume with loss.kl_coef: it is the reference model"),
+    ):
+        if condition:
+            raise ValueError(f"warm_start.enabled must find a finished warm start in {cache} {reason}, got none")
 
 
 def check_outside(config: RunConfig) -> None:
@@ -98,8 +122,13 @@ def check_outside(config: RunConfig) -> None:
     Raises:
         ValueError: a broken data row (by file and line), a missing tokenizer, a server that does not answer.
     """
-    if config.data.jsonl:
-        load_problems(config.data, config.reward)
+    if config.data.jsonl or config.advantage.K_by_source:
+        known = {problem.data_source for problem in load_problems(config.data, config.reward).train}
+        for entry in config.advantage.K_by_source:
+            if entry.source not in known:
+                raise ValueError(
+                    f"advantage.K_by_source must name data sources of this run, {sorted(known)}, got {entry.source!r}"
+                )
     if config.model.path is not None:
         Tokenizer.load(config.model.path)
     for url in config.rollout.urls:
@@ -111,12 +140,14 @@ def check_outside(config: RunConfig) -> None:
             ) from error
 
 
-def _check_model_source(config: RunConfig) -> None:
+def _check_model_source(config: RunConfig, shape: ModelShape | None) -> None:
     model = config.model
     if (model.path is None) == (model.scratch is None):
         raise ValueError(f"exactly one of model.path and model.scratch must be given, got {model.path!r} and "
                          f"{'a scratch model' if model.scratch else None}")  # fmt: skip
-    if model.path is not None:
+    if shape is not None:
+        check_shape(config, shape)
+    elif model.path is not None:
         folder = Path(model.path)
         if not folder.is_dir():
             raise ValueError(
@@ -154,10 +185,12 @@ def _check_numbers(config: RunConfig) -> None:
         ("train.max_tokens_per_microbatch", train.max_tokens_per_microbatch),
         ("sync.bucket_mb", config.sync.bucket_mb),
         ("sync.timeout_s", config.sync.timeout_s),
+        ("sync.control_timeout_s", config.sync.control_timeout_s),
         ("data.max_prompt_tokens", config.data.max_prompt_tokens),
         ("optim.lr", optim.lr),
+        ("model.logits_mb", config.model.logits_mb),
     ):
-        if value <= 0:
+        if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
     for name, value in (("train.seed", train.seed), ("data.seed", config.data.seed), ("eval.every", config.eval.every)):
         if value < 0:
@@ -181,6 +214,7 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 def _check_eval(evaluation: EvalConfig) -> None:
+    check_sets(evaluation.sets, "eval.sets")
     if evaluation.num_samples < 1:
         raise ValueError(f"eval.num_samples must be at least 1, got {evaluation.num_samples}")
     if evaluation.num_samples > 1 and evaluation.temperature == 0.0:
@@ -195,10 +229,85 @@ def _check_rollout(rollout: RolloutConfig) -> None:
             raise ValueError(f"rollout.{name} must be at least 1, got {getattr(rollout, name)}")
     if rollout.temperature <= 0:
         raise ValueError(f"rollout.temperature must be positive (responses are samples), got {rollout.temperature}")
+    if rollout.discovery is not None and rollout.urls:
+        raise ValueError(
+            f"rollout.discovery must be null while rollout.urls names the servers, got {rollout.discovery!r}"
+        )
+    if rollout.discovery is None and rollout.min_servers != 1:
+        raise ValueError(f"rollout.min_servers has no effect without rollout.discovery, got {rollout.min_servers}")
+    if rollout.min_servers < 1:
+        raise ValueError(f"rollout.min_servers must be at least 1, got {rollout.min_servers}")
     if rollout.router_url is not None and not rollout.urls:
         raise ValueError("rollout.router_url has no effect without rollout.urls: weights go to the servers themselves")
     if rollout.group_filter is GroupFilter.none and rollout.max_gen_batches != 10:
         raise ValueError("rollout.max_gen_batches has no effect with rollout.group_filter=none")
+    for name in ("request_timeout_s", "silence_timeout_s", "recovery_timeout_s"):
+        if getattr(rollout, name) <= 0:
+            raise ValueError(f"rollout.{name} must be positive, got {getattr(rollout, name)}")
+    if rollout.urls or rollout.discovery is not None:
+        if rollout.api_key_file is not None:
+            read_key(rollout.api_key_file)
+    else:
+        check_listening(rollout.server.host, rollout.api_key_file)
+
+
+def _check_checkpoint(config: RunConfig) -> None:
+    checkpoint = config.checkpoint
+    for name in ("every", "keep_every", "export_hf_every"):
+        if getattr(checkpoint, name) < 0:
+            raise ValueError(f"checkpoint.{name} must be at least 0, got {getattr(checkpoint, name)}")
+    if checkpoint.keep_last < 1:
+        raise ValueError(f"checkpoint.keep_last must be at least 1, got {checkpoint.keep_last}")
+    if checkpoint.keep_every and not checkpoint.every:
+        raise ValueError(
+            f"checkpoint.keep_every has no effect while checkpoint.every is 0, got {checkpoint.keep_every}"
+        )
+    if checkpoint.keep_every and checkpoint.keep_every % checkpoint.every:
+        raise ValueError(
+            f"checkpoint.keep_every must be a multiple of checkpoint.every ({checkpoint.every}), "
+            f"got {checkpoint.keep_every}"
+        )
+    if checkpoint.keep_best and not (checkpoint.every and config.eval.every):
+        raise ValueError("checkpoint.keep_best has no effect without checkpoint.every and eval.every, got true")
+    if checkpoint.keep_best and config.eval.every % checkpoint.every:
+        raise ValueError(
+            f"eval.every must be a multiple of checkpoint.every ({checkpoint.every}) with checkpoint.keep_best: "
+            f"what was evaluated must be saved, got {config.eval.every}"
+        )
+    if config.train.max_bad_updates < 1:
+        raise ValueError(f"train.max_bad_updates must be at least 1, got {config.train.max_bad_updates}")
+
+
+def _check_source(config: RunConfig) -> None:
+    rollout = config.rollout
+    replays = rollout.source is RolloutSource.replay
+    if replays and rollout.replay_from is None:
+        raise ValueError("rollout.replay_from must be the folder rollouts of a run that recorded, got null")
+    if rollout.replay_from is not None and not replays:
+        raise ValueError(f"rollout.replay_from has no effect with rollout.source=live, got {rollout.replay_from!r}")
+    if replays and not Path(rollout.replay_from or "").is_dir():
+        raise ValueError(
+            f"rollout.replay_from must be a folder with recorded rollouts, got {rollout.replay_from!r}, "
+            f"which does not exist"
+        )
+    if replays and (rollout.record or rollout.urls or rollout.router_url):
+        raise ValueError(
+            "rollout.record, rollout.urls and rollout.router_url have no effect with rollout.source=replay"
+        )
+    if config.eval.sets and (replays or not config.train.enabled):
+        raise ValueError(
+            "eval.sets has no effect with rollout.source=replay or train.enabled=false: nothing is asked of them, "
+            f"got {', '.join(spec.name for spec in config.eval.sets)}"
+        )
+    if not config.train.enabled and replays:
+        raise ValueError(
+            "train.enabled must be true with rollout.source=replay: there is nothing else to do, got false"
+        )
+    if not config.train.enabled and config.checkpoint.export_hf_every:
+        raise ValueError(
+            f"checkpoint.export_hf_every has no effect with train.enabled=false, "
+            f"got {config.checkpoint.export_hf_every}"
+        )
 
 
 def _check_warm_start(warm: WarmStartConfig, *, scratch: bool) -> None:

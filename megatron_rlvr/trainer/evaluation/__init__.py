@@ -1,0 +1,1 @@
+"""Evaluation while training and of finished models."""

@@ -1,0 +1,1 @@
+"""A look at a run before any node is taken."""

@@ -1,0 +1,1 @@
+"""What changes from rollout step to rollout step."""
