@@ -48,9 +48,11 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.8"],
     "sglang": ["sglang>=0.5.17,<0.5.24", "sglang-router>=0.3"],
+    "slurm": ["hydra-submitit-launcher>=1.2"],
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "ruff>=0.8",
         "mypy>=1.13",

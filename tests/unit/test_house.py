@@ -1,6 +1,7 @@
 """What CONTRIBUTING.md promises about the house itself."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -25,11 +26,12 @@ def sources() -> Iterator[Path]:
 
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / "requirements" / name).read_text().splitlines()
-    found = [line.split("==") for line in lines if line and not line.startswith("#")]
+    found = [line.split("==", 1) for line in lines if line and not line.startswith("#")]
     assert all(len(pair) == 2 for pair in found), "a lock file has exact pins only"
     names = [canonicalize_name(name) for name, _ in found]
     assert len(set(names)) == len(names), "a package is pinned once"
-    return {canonicalize_name(name): version.partition("+")[0] for name, version in found}
+    # Behind a comma stands which build of that version is not meant.
+    return {canonicalize_name(name): version.partition(",")[0].partition("+")[0] for name, version in found}
 
 
 def direct_requirements() -> list[Requirement]:
@@ -43,6 +45,14 @@ def test_lock_files_pin_all_that_is_asked_for_directly(lock: str) -> None:
     for requirement in direct_requirements():
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
     assert locked["sglang"] == "0.5.21"
+
+
+def test_a_cpu_build_of_a_second_index_is_not_taken_for_the_cuda_lock() -> None:
+    # pip holds 2.13.0+cpu for higher than 2.13.0, and both for equal to it.
+    [line] = [line for line in (ROOT / "requirements" / "cuda.txt").read_text().splitlines() if line[:7] == "torch=="]
+    version = pins("cuda.txt")["torch"]
+    builds = [version, f"{version}+cpu", f"{version}+cu130"]
+    assert list(Requirement(line).specifier.filter(builds)) == [version, f"{version}+cu130"]
 
 
 def test_both_lock_files_agree_on_what_defines_results() -> None:
@@ -98,3 +108,19 @@ def test_make_says_which_python_it_needs(tmp_path: Path, python: str, message: s
     assert done.returncode != 0
     assert message in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_make_does_not_ignore_another_python_than_that_of_the_environment(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "cpu.txt").write_text("torch==0\n")
+    other = tmp_path / ".venv" / "bin" / "python"
+    other.parent.mkdir(parents=True)
+    other.write_text("#!/bin/sh\necho 3.1\n")
+    other.chmod(0o755)
+    command = ["make", "-C", str(tmp_path), "asked", "CUDA=0"]
+    done = subprocess.run(
+        [*command, f"PYTHON={sys.executable}"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert f"PYTHON is 3.{sys.version_info[1]}, but .venv was made with 3.1: make clean first" in done.stderr
+    subprocess.run(command, timeout=60, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHON"})

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_rlvr.config.compose import config_dir, load_config
 from megatron_rlvr.config.schema import GroupFilter, KlKind, Schedule
-from megatron_rlvr.trainer.checks import check_config
+from megatron_rlvr.trainer.checks.configuration import check_config
 
 MODELS = {
     "smollm2_135m": ("smollm2-135m.json", 1),
@@ -73,3 +73,17 @@ def test_kl_cov_recipe() -> None:
     assert not config.reward.overlong.enabled
     assert (config.optim.lr, config.optim.weight_decay, config.optim.grad_clip) == (5e-7, 0.0, 1.0)
     assert (config.eval.num_samples, config.eval.temperature) == (32, 0.6)
+
+
+@pytest.mark.parametrize("group", ["advantage", "loss", "controller"])
+def test_every_choice_of_a_group_is_accepted(group: str) -> None:
+    for path in sorted((config_dir() / group).glob("*.yaml")):
+        overrides = ["experiment=quickstart", "train.updates_per_rollout=2", f"{group}={path.stem}"]
+        if group == "controller":
+            overrides.append("controller.target_entropy=0.5")
+            overrides += [f"loss={path.stem}"] if path.stem in ("clip_cov", "kl_cov") else []
+        config = load_config(overrides)
+        assert check_config(config, world_size=2) == []
+        name = path.stem.split("_pos_mask")[0].split("_neg_mask")[0]
+        if group != "controller":
+            assert name == {"advantage": config.advantage.estimator, "loss": config.loss.name}[group]
