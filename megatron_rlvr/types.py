@@ -151,7 +151,8 @@ class MicroBatch:
     """Packed sequences of one data-parallel rank, token t predicting ``targets_T[t]``.
 
     A sequence of prompt length L and response length R takes L + R tokens; its last R + 1 .. last 2 positions
-    (those whose target is a response token) carry ``loss_mask_T``.
+    (those whose target is a response token) carry ``loss_mask_T``. It is one segment, or, where responses share a
+    prompt, the common segment of L - 1 tokens and one of its own of R + 1 (see `data.packing`).
     """
 
     tokens_T: torch.Tensor
@@ -159,8 +160,11 @@ class MicroBatch:
     position_ids_T: torch.Tensor
     """int64 [T] position inside its sequence."""
     cu_seqlens: torch.Tensor
-    """int32 [S+1] sequence borders in tokens, padding sequence included."""
+    """int32 [S+1] segment borders in tokens, a segment of padding included."""
+    prefixes: list[int]
+    """[S] index of the earlier segment whose tokens come before a segment's own in its sequence, -1: none."""
     max_seqlen: int
+    """Tokens of the longest sequence."""
     targets_T: torch.Tensor
     """int64 [T] next token inside the sequence, 0 where there is none."""
     loss_mask_T: torch.Tensor
@@ -177,9 +181,9 @@ class MicroBatch:
     response_position_T: torch.Tensor
     """int64 [T] index of the target inside its response, -1 where not masked."""
     sources: list[str]
-    """Data source of every sequence but the padding, in packing order; metrics are split by it."""
+    """Data source of every segment but the padding, in packing order; metrics are split by it."""
     regimes: list[str]
-    """``hard``, ``easy`` or ``degenerate`` (spec A1) of every sequence's group, empty where nobody told."""
+    """``hard``, ``easy`` or ``degenerate`` (spec A1) of every segment's group, empty where nobody told."""
     old_logprobs_T: torch.Tensor | None = None
     """float32 [T] nats, the trainer's log-probs before the first update of this rollout batch."""
     ref_logprobs_T: torch.Tensor | None = None
@@ -190,6 +194,14 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return int(self.tokens_T.numel())
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Tokens that the packing saves: a shared segment once for each segment that continues it, but the first."""
+        lengths_S = self.cu_seqlens.diff().tolist()
+        return sum(
+            lengths_S[prefix] * (self.prefixes.count(prefix) - 1) for prefix in set(self.prefixes) if prefix >= 0
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,14 @@ class Elision(Enum):
     always = "always"
 
 
+class SharedPrompts(Enum):
+    """A prompt's tokens in the update: once for all responses of its group where that is possible, never, or always."""
+
+    auto = "auto"
+    never = "never"
+    always = "always"
+
+
 class Console(Enum):
     auto = "auto"
     rich = "rich"
@@ -40,6 +48,10 @@ class TrainConfig:
     elided_metrics_share: float = 0.1
     """Share of the elided responses that go through a forward pass without gradient for entropy and mismatch, weighted
     to stand for all of them. 1: all; 0: none, and those metrics are of the other responses alone."""
+    share_prompts: SharedPrompts = SharedPrompts.auto
+    """The responses of a group share one computation of their prompt, forward and backward: the same gradient, to
+    rounding, for fewer tokens. auto: where attention is this project's (not transformer-engine's) and it pays; always:
+    refused where it cannot be."""
     max_bad_updates: int = 5
     """Updates in a row whose loss or gradient is not finite (each is skipped and counted) before the run stops."""
     save_hf: bool = True

@@ -4,12 +4,17 @@ Letters: T packed tokens, S sequences, L prompt tokens, R response tokens.
 
 A sequence of L prompt and R response tokens takes L + R packed positions. Position t predicts the token at t + 1
 of the same sequence, so the loss sits on positions L - 1 .. L + R - 2 and the last position predicts nothing.
+
+Responses to the same prompt may share it. Its first L - 1 tokens are then packed once, as a segment without loss; each
+response continues that segment with a segment of its own, the prompt's last token (which predicts another token in
+every response) and the R response tokens. n such responses take (n - 1) (L - 1) positions less.
 """
 
 from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,10 +50,34 @@ class PackedSequence:
     """Data source of its prompt."""
     regime: str = ""
     """``hard``, ``easy`` or ``degenerate``, its group's (spec A1)."""
+    group: int = -1
+    """Its group in the optimizer step, -1: not known."""
+    shared_prompt: int | None = None
+    """Neighbours with the same number have the same prompt and share it; None: it stands alone."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(kw_only=True, slots=True)
+class Segment:
+    """Consecutive packed tokens of one sequence: all of it, the part that responses share, or a response's own part."""
+
+    prompt_ids: np.ndarray
+    """int [L'], those of the prompt's tokens that lie in this segment."""
+    sequence: PackedSequence | None
+    """Whose response follows them; None: that of nobody, the segment is a shared one."""
+    label: PackedSequence
+    """A sequence whose source and regime are the segment's."""
+    prefix: int = -1
+    """Index of the segment that this one continues, -1: none."""
+    start: int = 0
+    """Position of the first token in its sequence."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        return 0 if self.sequence is None else len(self.sequence.response_ids)
 
 
 def plan_microbatches(
@@ -172,6 +201,27 @@ def _deal_to_ranks(
     return plan
 
 
+def segments_of(sequences: Sequence[PackedSequence]) -> list[Segment]:
+    """The segments of sequences in packing order; of each run of neighbours that share a prompt, the prompt first."""
+    segments: list[Segment] = []
+    for shared, run in itertools.groupby(sequences, key=lambda sequence: sequence.shared_prompt):
+        members = list(run)
+        first = members[0]
+        num_shared = len(first.prompt_ids) - 1
+        if shared is None or len(members) == 1 or num_shared == 0:
+            segments += [Segment(prompt_ids=one.prompt_ids, sequence=one, label=one) for one in members]
+            continue
+        if any(not np.array_equal(one.prompt_ids, first.prompt_ids) for one in members):
+            raise ValueError(f"sequences of shared_prompt {shared} must have the same prompt_ids, got several")
+        prefix = len(segments)
+        segments.append(Segment(prompt_ids=first.prompt_ids[:-1], sequence=None, label=first))
+        segments += [
+            Segment(prompt_ids=one.prompt_ids[-1:], sequence=one, label=one, prefix=prefix, start=num_shared)
+            for one in members
+        ]
+    return segments
+
+
 def build_microbatch(sequences: Sequence[PackedSequence], *, pad_to_multiple: int = 1) -> MicroBatch:
     """Packs sequences into the tensors of one micro-batch.
 
@@ -184,37 +234,43 @@ def build_microbatch(sequences: Sequence[PackedSequence], *, pad_to_multiple: in
         CPU tensors as `MicroBatch` documents them.
 
     Raises:
-        ValueError: an empty prompt or response, log-probs of another length, or a negative trajectory.
+        ValueError: an empty prompt or response, log-probs of another length, a negative trajectory, or neighbours
+            that are to share a prompt and have different ones.
     """
     if pad_to_multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1, got {pad_to_multiple}")
     for sequence in sequences:
         _check_sequence(sequence)
 
-    prompt_S = np.array([len(sequence.prompt_ids) for sequence in sequences], dtype=np.int64)
-    response_S = np.array([len(sequence.response_ids) for sequence in sequences], dtype=np.int64)
+    segments = segments_of(sequences)
+    prompt_S = np.array([len(segment.prompt_ids) for segment in segments], dtype=np.int64)
+    response_S = np.array([segment.num_response_tokens for segment in segments], dtype=np.int64)
     length_S = prompt_S + response_S
     used = int(length_S.sum())
     total = max(math.ceil(used / pad_to_multiple), 1) * pad_to_multiple
-    borders = np.concatenate([[0], np.cumsum(length_S), [total] if total > used else []]).astype(np.int64)
+    padding = total - used
+    borders = np.concatenate([[0], np.cumsum(length_S), [total] if padding else []]).astype(np.int64)
+    start_S = np.array([segment.start for segment in segments] + [0] * bool(padding), dtype=np.int64)
 
     tokens_T = np.zeros(total, dtype=np.int64)
-    if sequences:
-        np.concatenate([part for s in sequences for part in (s.prompt_ids, s.response_ids)], out=tokens_T[:used])
-    position_T = np.arange(total, dtype=np.int64) - np.repeat(borders[:-1], np.diff(borders))
+    if segments:
+        np.concatenate([part for segment in segments for part in _tokens(segment)], out=tokens_T[:used])
+    inside_T = np.arange(total, dtype=np.int64) - np.repeat(borders[:-1], np.diff(borders))
+    position_T = inside_T + np.repeat(start_S, np.diff(borders))
 
-    # Position p of a sequence is masked when L - 1 <= p < L + R - 1; its target is response token p - (L - 1).
+    # Place p of a segment is masked when L' - 1 <= p < L' + R - 1; its target is response token p - (L' - 1).
     response_position_T = np.full(total, -1, dtype=np.int64)
-    offset_T = position_T[:used] - np.repeat(prompt_S - 1, length_S)
+    offset_T = inside_T[:used] - np.repeat(prompt_S - 1, length_S)
     mask_T = np.zeros(total, dtype=bool)
     mask_T[:used] = (offset_T >= 0) & (offset_T < np.repeat(response_S, length_S))
     response_position_T[:used][mask_T[:used]] = offset_T[mask_T[:used]]
 
     targets_T = np.zeros(total, dtype=np.int64)
     targets_T[:-1] = tokens_T[1:]
-    targets_T[borders[1:] - 1] = 0  # the last token of a sequence predicts nothing
+    targets_T[borders[1:] - 1] = 0  # the last token of a segment predicts nothing
     trajectory_T = np.full(total, -1, dtype=np.int64)
-    trajectory_T[:used] = np.repeat(np.array([s.trajectory for s in sequences], dtype=np.int64), length_S)
+    trajectories = [-1 if segment.sequence is None else segment.sequence.trajectory for segment in segments]
+    trajectory_T[:used] = np.repeat(np.array(trajectories, dtype=np.int64), length_S)
 
     def on_response(values: Iterable[np.ndarray]) -> torch.Tensor:
         packed_T = np.zeros(total, dtype=np.float32)
@@ -223,13 +279,15 @@ def build_microbatch(sequences: Sequence[PackedSequence], *, pad_to_multiple: in
         return torch.from_numpy(packed_T)
 
     def per_sequence(values: Iterable[float]) -> torch.Tensor:
-        return on_response([np.repeat(np.fromiter(values, np.float32, len(sequences)), response_S)])
+        each = np.fromiter(values, np.float32, len(sequences))
+        return on_response([np.repeat(each, [len(sequence.response_ids) for sequence in sequences])])
 
     return MicroBatch(
         tokens_T=torch.from_numpy(tokens_T),
         position_ids_T=torch.from_numpy(position_T),
         cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
-        max_seqlen=int(np.diff(borders).max()),
+        prefixes=[segment.prefix for segment in segments] + [-1] * bool(padding),
+        max_seqlen=int(position_T.max()) + 1,
         targets_T=torch.from_numpy(targets_T),
         loss_mask_T=torch.from_numpy(mask_T),
         advantages_T=per_sequence(s.advantage for s in sequences),
@@ -237,9 +295,13 @@ def build_microbatch(sequences: Sequence[PackedSequence], *, pad_to_multiple: in
         rollout_logprobs_T=on_response(s.rollout_logprobs for s in sequences),
         trajectory_T=torch.from_numpy(trajectory_T),
         response_position_T=torch.from_numpy(response_position_T),
-        sources=[s.source for s in sequences],
-        regimes=[s.regime for s in sequences],
+        sources=[segment.label.source for segment in segments],
+        regimes=[segment.label.regime for segment in segments],
     )
+
+
+def _tokens(segment: Segment) -> list[np.ndarray]:
+    return [segment.prompt_ids] if segment.sequence is None else [segment.prompt_ids, segment.sequence.response_ids]
 
 
 def _check_sequence(sequence: PackedSequence) -> None:
@@ -279,11 +341,11 @@ def unpack_responses(values_T: torch.Tensor, microbatch: MicroBatch) -> dict[int
 
 
 def split_by_label(values_T: torch.Tensor, microbatch: MicroBatch, labels: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Values of the response tokens, by the label of their sequence.
+    """Values of the response tokens, by the label of their segment.
 
     Args:
         values_T: [T], one value per packed position.
-        labels: [S] of the micro-batch's sequences, padding left out: ``microbatch.sources`` or ``.regimes``.
+        labels: [S] of the micro-batch's segments, padding left out: ``microbatch.sources`` or ``.regimes``.
 
     Returns:
         Per label, in alphabetical order, its values [tokens of the label] in packing order.

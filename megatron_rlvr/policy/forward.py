@@ -133,11 +133,16 @@ class PipelineRunner:
 
 
 def _packed_sequences(micro: MicroBatch) -> PackedSequences:
-    plan = None if uses_transformer_engine() else AttentionPlan.build(micro.cu_seqlens)
+    plan, borders = None, micro.cu_seqlens
+    if uses_transformer_engine():
+        assert max(micro.prefixes) < 0, "transformer-engine's attention knows no shared prompts"
+    else:
+        plan = AttentionPlan.build(micro.cu_seqlens, micro.prefixes)
+        borders = borders[[0, -1]]
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=micro.cu_seqlens,
-        cu_seqlens_kv=micro.cu_seqlens,
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
         max_seqlen_q=micro.max_seqlen,
         max_seqlen_kv=micro.max_seqlen,
         plan=plan,

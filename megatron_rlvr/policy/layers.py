@@ -6,6 +6,7 @@ T packed tokens, S sequences, H heads, C head dimension.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,56 +43,102 @@ class RMSNorm(torch.nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionPlan:
-    """How packed tokens are laid out as a few padded blocks of sequences of similar length."""
+class AttentionBlock:
+    """Segments of similar lengths, attended together. B segments, Q own tokens of the longest, K with its prefix."""
 
-    blocks: list[tuple[torch.Tensor, int, int]]
-    """(int64 [S_b * L_b] source token of every slot, S_b, L_b); pad slots repeat token 0 of their sequence's block."""
+    query: torch.Tensor
+    """int64 [B * Q] packed token of every query slot; pad slots repeat the segment's first."""
+    key: torch.Tensor
+    """int64 [B * K] packed token of every key slot; the same tensor as `query` where no segment has a prefix."""
+    shape: tuple[int, int, int]
+    """(B, Q, K)."""
+    visible: torch.Tensor | None
+    """bool [B, 1, Q, K], the keys that a query sees; None where plain causal attention is the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionPlan:
+    """How packed tokens are laid out as a few right-padded blocks of segments of similar lengths."""
+
+    blocks: list[AttentionBlock]
     destination_T: torch.Tensor
-    """int64 [T] slot of every token in the concatenation of the blocks."""
+    """int64 [T] slot of every token in the concatenation of the blocks' queries."""
 
     @classmethod
-    def build(cls, cu_seqlens: torch.Tensor, max_waste: float = 0.25) -> AttentionPlan:
-        """Groups sequences by length so that at most about `max_waste` of the slots are padding.
+    def build(cls, cu_seqlens: torch.Tensor, prefixes: Sequence[int], max_waste: float = 0.25) -> AttentionPlan:
+        """Groups segments by their lengths so that at most about `max_waste` of the slots are padding.
 
         Args:
             cu_seqlens: int32 [S+1] borders.
+            prefixes: [S] segment that each one continues, -1: none.
         """
         borders = cu_seqlens.tolist()
-        starts, lengths = borders[:-1], [b - a for a, b in itertools.pairwise(borders)]
-        order = sorted((s for s in range(len(lengths)) if lengths[s]), key=lambda s: (-lengths[s], s))
-        groups: list[list[int]] = []
-        used = 0
-        for s in order:
-            if groups:
-                longest = lengths[groups[-1][0]]
-                slots = longest * (len(groups[-1]) + 1)
-                if slots - (used + lengths[s]) <= max_waste * slots:
-                    groups[-1].append(s)
-                    used += lengths[s]
-                    continue
-            groups.append([s])
-            used = lengths[s]
+        starts, own = borders[:-1], [b - a for a, b in itertools.pairwise(borders)]
+        before = [own[prefix] if prefix >= 0 else 0 for prefix in prefixes]
+        whole = [a + b for a, b in zip(before, own, strict=True)]
+        # Plain segments apart from those with a prefix, whose attention needs a mask.
+        order = sorted((s for s in range(len(own)) if own[s]), key=lambda s: (before[s] > 0, -own[s], -whole[s], s))
         blocks = []
         destination = torch.empty(borders[-1], dtype=torch.int64)
         offset = 0
-        for group in groups:
-            longest = lengths[group[0]]
-            start_S = torch.tensor([starts[s] for s in group])
-            length_S = torch.tensor([lengths[s] for s in group])
-            position_L = torch.arange(longest)
-            real_SL = position_L < length_S[:, None]
-            source_SL = torch.where(real_SL, start_S[:, None] + position_L, start_S[:, None])
-            slots_SL = offset + torch.arange(len(group) * longest).view(len(group), longest)
-            destination[source_SL[real_SL]] = slots_SL[real_SL]
-            blocks.append((source_SL.flatten().to(cu_seqlens.device), len(group), longest))
+        for group in _alike(order, own, whole, [count > 0 for count in before], max_waste):
+            longest, most = max(own[s] for s in group), max(whole[s] for s in group)
+            start_B1, own_B1, before_B1 = (
+                torch.tensor([values[s] for s in group])[:, None] for values in (starts, own, before)
+            )
+            slot_Q, slot_K = torch.arange(longest), torch.arange(most)
+            real_BQ = slot_Q < own_B1
+            query_BQ = torch.where(real_BQ, start_B1 + slot_Q, start_B1)
+            key_BK, visible = query_BQ, None
+            if any(before[s] for s in group):
+                prefix_B1 = torch.tensor([starts[prefixes[s]] for s in group])[:, None]
+                key_BK = torch.where(slot_K < before_B1, prefix_B1 + slot_K, start_B1 + slot_K - before_B1)
+                key_BK = torch.where(slot_K < before_B1 + own_B1, key_BK, start_B1)
+                # What a real query does not see is its own future; padding lies behind it.
+                visible = (slot_K <= before_B1[:, :, None] + slot_Q[:, None])[:, None].to(cu_seqlens.device)
+            destination[query_BQ[real_BQ]] = (offset + torch.arange(len(group) * longest)).view_as(query_BQ)[real_BQ]
+            query = query_BQ.flatten().to(cu_seqlens.device)
+            key = query if visible is None else key_BK.flatten().to(cu_seqlens.device)
+            blocks.append(AttentionBlock(query=query, key=key, shape=(len(group), longest, most), visible=visible))
             offset += len(group) * longest
         return cls(blocks=blocks, destination_T=destination.to(cu_seqlens.device))
 
 
+def _alike(
+    order: Sequence[int], own: Sequence[int], whole: Sequence[int], masked: Sequence[bool], max_waste: float
+) -> list[list[int]]:
+    """Runs of `order` (longest own part first) that are padded to common lengths with little waste.
+
+    Args:
+        own, whole: tokens of every segment without and with its prefix.
+        masked: whether it has one; those with and without do not share a block.
+    """
+    groups: list[list[int]] = []
+    used = [0, 0]
+    most = 0
+    for s in order:
+        if groups and masked[groups[-1][0]] == masked[s]:
+            count, most_then = len(groups[-1]) + 1, max(most, whole[s])
+            slots = (own[groups[-1][0]] * count, most_then * count)
+            if all(
+                room - (taken + more) <= max_waste * room
+                for room, taken, more in zip(slots, used, (own[s], whole[s]), strict=True)
+            ):
+                groups[-1].append(s)
+                used, most = [used[0] + own[s], used[1] + whole[s]], most_then
+                continue
+        groups.append([s])
+        used, most = [own[s], whole[s]], whole[s]
+    return groups
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packing parameters with the attention plan that all layers share."""
+    """Megatron's packing parameters with the attention plan that all layers share.
+
+    With a plan, `cu_seqlens_q` names the packed tokens as one run: positions come with the rotary embedding, which
+    `model.PolicyModel` lays out token by token.
+    """
 
     plan: AttentionPlan | None = None
 
@@ -99,8 +146,8 @@ class PackedSequences(PackedSeqParams):
 class PackedAttention(torch.nn.Module):
     """Causal attention within each packed sequence through `scaled_dot_product_attention`.
 
-    Sequences of similar length are attended together, right-padded: with a causal mask, padding at the end of a
-    sequence is never seen by its real tokens.
+    Segments of similar lengths are attended together, right-padded: with a causal mask, padding at the end of a
+    segment is never seen by its real tokens. The keys of a shared prompt are gathered for every response.
     """
 
     def __init__(
@@ -136,16 +183,26 @@ class PackedAttention(torch.nn.Module):
         if packed_seq_params is None or packed_seq_params.plan is None:
             raise ValueError("packed_seq_params must carry an attention plan: this attention serves packed sequences")
         outputs = []
-        for source, num_sequences, length in packed_seq_params.plan.blocks:
-            shape = (num_sequences, length)
+        for block in packed_seq_params.plan.blocks:
+            num_segments, num_queries, num_keys = block.shape
             query, key, value = (
-                x.index_select(0, source).view(*shape, *x.shape[1:]).transpose(1, 2)
-                for x in (query_THC, key_THC, value_THC)
+                x_THC.index_select(0, slots).view(num_segments, length, *x_THC.shape[1:]).transpose(1, 2)
+                for x_THC, slots, length in (
+                    (query_THC, block.query, num_queries),
+                    (key_THC, block.key, num_keys),
+                    (value_THC, block.key, num_keys),
+                )
             )
             out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+                query,
+                key,
+                value,
+                attn_mask=block.visible,
+                is_causal=block.visible is None,
+                scale=self.softmax_scale,
+                enable_gqa=query_THC.shape[1] != key_THC.shape[1],
             )
-            outputs.append(out.transpose(1, 2).reshape(num_sequences * length, -1))
+            outputs.append(out.transpose(1, 2).reshape(num_segments * num_queries, -1))
         return torch.cat(outputs).index_select(0, packed_seq_params.plan.destination_T)
 
 

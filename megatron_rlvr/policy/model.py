@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rlvr.config.schema import DType, ModelConfig, ParallelConfig, Recompute
 from megatron_rlvr.policy import platform
-from megatron_rlvr.policy.layers import block_spec, uses_transformer_engine
+from megatron_rlvr.policy.layers import PackedSequences, block_spec, uses_transformer_engine
 from megatron_rlvr.weights.hf_config import ModelShape
 
 TORCH_DTYPE = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16}
@@ -26,6 +26,21 @@ class PolicyModel(GPTModel):
     The head (`policy.head`) makes logits from them: of response tokens alone, in the model's own dtype, and piece by
     piece where memory is short.
     """
+
+    def _preprocess(
+        self, *unused: object, position_ids: torch.Tensor, packed_seq_params: PackedSequences, **more: object
+    ) -> tuple:
+        """Megatron's, with the rotary embedding of every packed token in its place where this project attends.
+
+        Megatron takes one of as many rows as there are tokens row by row, else from the start for each sequence, which
+        would not know that a response continues a shared prompt.
+        """
+        decoder_input, rotary, *rest = super()._preprocess(
+            *unused, position_ids=position_ids, packed_seq_params=packed_seq_params, **more
+        )
+        if packed_seq_params.plan is not None:
+            rotary = rotary.index_select(0, position_ids.squeeze(0))
+        return decoder_input, rotary, *rest
 
     def _postprocess(self, hidden_states: torch.Tensor, *unused: object, **more: object) -> torch.Tensor:
         return hidden_states

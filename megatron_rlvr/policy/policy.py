@@ -13,6 +13,7 @@ from megatron_rlvr.metrics import Metric, merge
 from megatron_rlvr.policy import model, optimizer, platform, weights
 from megatron_rlvr.policy.forward import PipelineRunner, TokenLoss
 from megatron_rlvr.policy.head import TokenHead
+from megatron_rlvr.policy.layers import uses_transformer_engine
 from megatron_rlvr.policy.optimizer import UpdateResult
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.types import MicroBatch
@@ -77,6 +78,11 @@ class Policy:
     def has_auxiliary_loss(self) -> bool:
         """Whether the model adds a loss of its own over all tokens, such as one for the balance of its experts."""
         return model.has_auxiliary_loss(self.chunks[0])
+
+    @property
+    def attends_packed(self) -> bool:
+        """Whether attention is this project's, which lets packed segments continue others (`MicroBatch.prefixes`)."""
+        return not uses_transformer_engine()
 
     def reset_optimizer(self, optim: OptimConfig) -> None:
         """Forgets the optimizer's moments; weights stay."""

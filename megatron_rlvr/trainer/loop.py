@@ -262,6 +262,7 @@ def share_out(
             micro_batch_multiple=ranks.pp_size if config.parallel.vpp > 1 else 1,
             elide_zero_advantage=elision.is_on,
             probed_share=elision.probed_share,
+            share_prompts=run.prompts.is_on,
         )
         by_group = levels or [parse_quantile_level(config.advantage.K)] * len(batch.groups)
         regimes = [group_regime(group, level) for group, level in zip(batch.groups, by_group, strict=True)]

@@ -36,6 +36,7 @@ from megatron_rlvr.trainer.servers.rollout_supply import LiveRollouts, ReplayedR
 from megatron_rlvr.trainer.steering.controls import Controls
 from megatron_rlvr.trainer.stopping import RunInterruptedError, StopSignals
 from megatron_rlvr.trainer.update.elision import ElisionPlan, plan_elision
+from megatron_rlvr.trainer.update.prompt_sharing import PromptPlan, plan_prompts
 from megatron_rlvr.trainer.update.steps import Updater
 from megatron_rlvr.trainer.warm_cache import WarmCacheEntry, cache_key, finished_model
 from megatron_rlvr.trainer.warm_start import WarmStart
@@ -67,6 +68,7 @@ class Session:
     """
 
     policy: Policy
+    prompts: PromptPlan
     updater: Updater
     diagnostics: Diagnostics
     dynamics: DynamicsMonitor
@@ -220,6 +222,11 @@ class Session:
     def _load_policy(self, path: str, shape: ModelShape) -> None:
         self.policy = self._policy(path, shape, trainable=True)
         self.note(f"policy of {self.policy.num_parameters():,} parameters in {self.config.model.dtype.value}")
+        self.prompts = plan_prompts(
+            self.config.train.share_prompts,
+            attends_packed=self.policy.attends_packed,
+            has_auxiliary_loss=self.policy.has_auxiliary_loss,
+        )
 
     def _policy(self, path: str, shape: ModelShape, *, trainable: bool) -> Policy:
         return Policy(
@@ -252,7 +259,7 @@ class Session:
             reference=reference,
             observer=self.diagnostics,
         )
-        self.note(f"responses with zero advantage stay {self.elision}")
+        self.note(f"responses with zero advantage stay {self.elision}; prompts are computed {self.prompts}")
 
     def _connect(self) -> None:
         """Waits for the servers and forms the weight-update groups."""

@@ -20,6 +20,7 @@ from megatron_rlvr.data.packing import PackedSequence, build_microbatch, plan_mi
 from megatron_rlvr.metrics import Metric
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.policy.policy import Policy
+from megatron_rlvr.trainer.update.prompt_sharing import unit_cost, units
 from megatron_rlvr.types import MicroBatch
 from megatron_rlvr.weights.hf_config import ModelShape
 
@@ -27,11 +28,12 @@ TEMPERATURE = 0.8
 
 
 def sequences(vocab_size: int) -> list[PackedSequence]:
-    """Twelve short responses with both signs of advantage; all ranks make the same."""
+    """Twelve short responses to five prompts with both signs of advantage; all ranks make the same."""
     rng = np.random.default_rng(0)
     made = []
-    for index in range(12):
-        prompt, response = (rng.integers(0, vocab_size, rng.integers(low, 12)) for low in (3, 1))
+    for index, group in enumerate([0, 0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4]):
+        drawn, response = (rng.integers(0, vocab_size, rng.integers(low, 12)) for low in (3, 1))
+        prompt = made[-1].prompt_ids if made and made[-1].group == group else drawn
         made.append(
             PackedSequence(
                 prompt_ids=prompt,
@@ -40,6 +42,7 @@ def sequences(vocab_size: int) -> list[PackedSequence]:
                 weight=1 / 64,
                 rollout_logprobs=np.zeros(len(response), np.float32),
                 trajectory=index,
+                group=group,
             )
         )
     return made
@@ -66,17 +69,27 @@ def main(job: dict[str, Any]) -> None:
         policy = Policy(job["path"], shape, model_config=model, parallel=parallel, optim=optim)
         policy.runner.head.logits_bytes = job["logits_bytes"]
         batch = sequences(shape.vocab_size)
+        dealt = [[sequence] for sequence in batch]
+        if job["share_prompts"]:
+            dealt = units(batch, dp_size=1, max_tokens=job["max_tokens"])
         plan = plan_microbatches(
-            [sequence.num_tokens for sequence in batch],
+            [unit_cost(unit) for unit in dealt],
             dp_size=ranks.dp_size,
             max_tokens=job["max_tokens"],
             multiple_of=ranks.pp_size if parallel_config.vpp > 1 else 1,
         )
         pad = ranks.tp_size if parallel_config.sequence_parallel else 1
         micro_batches = [
-            build_microbatch([batch[i] for i in chosen], pad_to_multiple=pad) for chosen in plan[ranks.dp_rank]
+            build_microbatch([s for i in chosen for s in dealt[i]], pad_to_multiple=pad)
+            for chosen in plan[ranks.dp_rank]
         ]
-        result: dict[str, Any] = {"num_micro_batches": len(micro_batches), "logprobs": [], "grad_norm": []}
+        shared = sum(parallel.gather_objects(sum(micro.num_shared_tokens for micro in micro_batches)))
+        result: dict[str, Any] = {
+            "num_micro_batches": len(micro_batches),
+            "num_shared_tokens": shared // (ranks.tp_size * ranks.pp_size),
+            "logprobs": [],
+            "grad_norm": [],
+        }
         for _ in range(2):
             once = policy.logprobs(micro_batches, temperature=TEMPERATURE)
             part: dict[int, tuple[np.ndarray, np.ndarray]] = {}

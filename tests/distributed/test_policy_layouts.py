@@ -59,10 +59,12 @@ def train(
     dtype: str = "fp32",
     ops: str = "native",
     logits_bytes: int | None = None,
+    share_prompts: bool = False,
     **parallel: Any,
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     job = {"path": str(model), "out": str(out), "parallel": parallel, "max_tokens": max_tokens}
     job |= {"recompute": recompute, "dtype": dtype, "ops": ops, "logits_bytes": logits_bytes}
+    job |= {"share_prompts": share_prompts}
     run_ranks(SCRIPT, [json.dumps(job)], world_size=world_size)
     return pickle.loads(out.with_suffix(".pkl").read_bytes()), load_file(out / "model.safetensors")
 
@@ -106,6 +108,15 @@ def test_packing_changes_nothing(model, single, tmp_path: Path) -> None:
     alone = train(model, tmp_path / "trained", max_tokens=24)
     assert alone[0]["num_micro_batches"] > single[0]["num_micro_batches"]
     assert_same(alone, single)
+
+
+@TIED
+@pytest.mark.parametrize("layout", ["single", "tp2_sequence_parallel", "pp2_vpp2", "dp2"])
+def test_prompts_computed_once_change_nothing(layout, model, single, tmp_path: Path) -> None:
+    world_size, parallel = LAYOUTS.get(layout, (1, {}))
+    got = train(model, tmp_path / "trained", world_size=world_size, share_prompts=True, max_tokens=60, **parallel)
+    assert got[0]["num_shared_tokens"] > 10
+    assert_same(got, single)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ FORMAT = 1
 FREE = (
     *("experiment_name", "output_dir", "run_name", "parallel", "checkpoint", "logging", "ops", "sync", "eval"),
     *("model.path", "model.recompute", "model.logits_mb", "train.steps", "train.save_hf", "train.max_bad_updates"),
-    *("train.max_tokens_per_microbatch", "train.elide_zero_advantage", "warm_start.cache_dir"),
+    *("train.max_tokens_per_microbatch", "train.elide_zero_advantage", "train.share_prompts", "warm_start.cache_dir"),
     *("rollout.urls", "rollout.router_url", "rollout.discovery", "rollout.server", "rollout.concurrency"),
     *("rollout.min_servers", "rollout.api_key_file"),
     *("rollout.request_timeout_s", "rollout.silence_timeout_s", "rollout.recovery_timeout_s", "rollout.max_retries"),

@@ -20,7 +20,8 @@ from megatron_rlvr.weights.mapping import Mapping, ParamMap
 BYTES = {DType.fp32: 4, DType.bf16: 2}
 FP32 = 4
 ATTENTION_SLOTS = 1.15
-"""Slots of the padded blocks in which sequences are attended, for each packed token (`AttentionPlan`: at most 4/3)."""
+"""Slots of the padded blocks in which sequences are attended, for each packed token (`AttentionPlan`: at most 4/3).
+Where responses share their prompt there are up to twice as many for keys and values, a small part of the whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from megatron_rlvr.data.packing import PackedSequence, build_microbatch, plan_microbatches
 from megatron_rlvr.loss.aggregation import token_weights
 from megatron_rlvr.trainer.update.elision import systematic_sample
+from megatron_rlvr.trainer.update.prompt_sharing import unit_cost, units
 from megatron_rlvr.types import MicroBatch, RolloutGroup
 
 
@@ -52,6 +53,8 @@ class DealOptions:
     """Keep responses with zero advantage out of the micro-batches of the update."""
     probed_share: float = 1.0
     """Share of these that have a forward pass without gradient."""
+    share_prompts: bool = False
+    """Let the responses of a group share one computation of their prompt."""
 
 
 def deal(
@@ -117,13 +120,16 @@ def _scale(elided: Sequence[PackedSequence], probed: Sequence[PackedSequence]) -
 
 def plan_sequences(sequences: Sequence[PackedSequence], options: DealOptions) -> list[list[list[PackedSequence]]]:
     """``plan[dp_rank][micro_batch]``, balanced over ranks, the same number of micro-batches on each."""
+    dealt = [[sequence] for sequence in sequences]
+    if options.share_prompts:
+        dealt = units(sequences, dp_size=options.dp_size, max_tokens=options.max_tokens_per_microbatch)
     plan = plan_microbatches(
-        [sequence.num_tokens for sequence in sequences],
+        [unit_cost(unit) for unit in dealt],
         dp_size=options.dp_size,
         max_tokens=options.max_tokens_per_microbatch,
         multiple_of=options.micro_batch_multiple,
     )
-    return [[[sequences[i] for i in micro] for micro in micro_batches] for micro_batches in plan]
+    return [[[s for i in micro for s in dealt[i]] for micro in micro_batches] for micro_batches in plan]
 
 
 def usable_sequences(
@@ -135,7 +141,8 @@ def usable_sequences(
 ) -> list[PackedSequence]:
     """Usable responses of a mini-batch in canonical order; `trajectory` counts them."""
     sequences: list[PackedSequence] = []
-    for group, advantage_G, regime in zip(groups, advantages, regimes or [""] * len(groups), strict=True):
+    of_groups = zip(groups, advantages, regimes or [""] * len(groups), strict=True)
+    for number, (group, advantage_G, regime) in enumerate(of_groups):
         for rollout, advantage in zip(group.rollouts, advantage_G, strict=True):
             if rollout.valid:
                 sequences.append(
@@ -148,6 +155,7 @@ def usable_sequences(
                         trajectory=len(sequences),
                         source=group.prompt.data_source,
                         regime=regime,
+                        group=number,
                     )
                 )
     if not sequences:

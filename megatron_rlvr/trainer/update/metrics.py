@@ -30,8 +30,9 @@ TOP_SHARES = (
 """Names of quantile and share: the shares of tokens in the paper's Table 1, 50% to 0.02%."""
 
 
-def elision_metrics(updates: Sequence[UpdateBatch]) -> dict[str, Metric]:
-    """Packed tokens that had no backward pass, and how many of these had a forward pass for the metrics."""
+def saving_metrics(updates: Sequence[UpdateBatch]) -> dict[str, Metric]:
+    """Packed tokens that had no backward pass, how many of these had a forward pass for the metrics, and how many more
+    there would be if the responses of a group did not share their prompt."""
     used, probed, idle = (
         float(sum(micro.num_tokens for part in parts for micro in part))
         for parts in ([u.micro_batches for u in updates], [u.probed for u in updates], [u.idle for u in updates])
@@ -40,6 +41,9 @@ def elision_metrics(updates: Sequence[UpdateBatch]) -> dict[str, Metric]:
         "update/elided_fraction": Mean(probed + idle, used + probed + idle),
         "update/tokens_saved": Sum(probed + idle),
         "update/tokens_probed": Sum(probed),
+        "update/prompt_tokens_shared": Sum(
+            float(sum(micro.num_shared_tokens for u in updates for micro in (*u.micro_batches, *u.probed)))
+        ),
     }
 
 

@@ -25,10 +25,10 @@ from megatron_rlvr.policy.policy import LogprobPass, Policy
 from megatron_rlvr.trainer.update.batch import UpdateBatch
 from megatron_rlvr.trainer.update.metrics import (
     covariance_metrics,
-    elision_metrics,
     masked_mean,
     pass_metrics,
     sampled_entropy_metrics,
+    saving_metrics,
 )
 from megatron_rlvr.trainer.update.selection import TokenSelector
 from megatron_rlvr.types import MicroBatch
@@ -123,7 +123,7 @@ class Updater:
             everyone = [*every, *[micro for update in updates for micro in (*update.probed, *update.idle)]]
             parts.append(covariance_metrics(everyone, self._dp_group))
             parts.append(sampled_entropy_metrics(everyone))
-        parts.append(elision_metrics(updates))
+        parts.append(saving_metrics(updates))
         return UpdateOutcome(metrics=merge(parts), results=results)
 
     def _step(self, update: UpdateBatch, *, with_pass_metrics: bool) -> tuple[dict[str, Metric], UpdateResult]:

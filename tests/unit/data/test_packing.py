@@ -1,5 +1,7 @@
 """Packing: invariants of the plan over random inputs, values of the packed tensors, and the way back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,56 @@ def test_values_are_split_by_the_label_of_their_sequence():
     assert {name: part.tolist() for name, part in parts.items()} == {"sums": [5], "words": [2, 3, 8, 9]}
     empty = build_microbatch([], pad_to_multiple=4)
     assert split_by_label(empty.targets_T, empty, empty.sources) == {}
+
+
+def shared(prompt, response, trajectory, number=0):
+    return replace(make_sequence(prompt, response, trajectory), shared_prompt=number)
+
+
+def test_a_shared_prompt_is_packed_once_and_continued_by_every_response():
+    sequences = [
+        make_sequence([1, 2], [3], 0),
+        shared([4, 5, 6], [7, 8], 1),
+        shared([4, 5, 6], [9], 2),
+        shared([4, 5, 6], [1], 3, number=1),  # a neighbour, but of nobody's prompt
+    ]
+    micro = build_microbatch(sequences, pad_to_multiple=16)
+    assert micro.tokens_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 6, 9, 4, 5, 6, 1, 0, 0]
+    assert micro.position_ids_T.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert micro.cu_seqlens.tolist() == [0, 3, 5, 8, 10, 14, 16]
+    assert micro.prefixes == [-1, -1, 1, 1, -1, -1]
+    assert micro.max_seqlen == 5
+    assert micro.num_shared_tokens == 2
+    assert micro.targets_T.tolist() == [2, 3, 0, 5, 0, 7, 8, 0, 9, 0, 5, 6, 1, 0, 0, 0]
+    assert micro.loss_mask_T.nonzero().squeeze(1).tolist() == [1, 5, 6, 8, 12]
+    assert micro.trajectory_T.tolist() == [0, 0, 0, -1, -1, 1, 1, 1, 2, 2, 3, 3, 3, 3, -1, -1]
+    found = unpack_responses(micro.targets_T, micro)
+    assert {number: part.tolist() for number, part in found.items()} == {0: [3], 1: [7, 8], 2: [9], 3: [1]}
+    np.testing.assert_array_equal(
+        np.concatenate(list(unpack_responses(micro.rollout_logprobs_T, micro).values())),
+        np.concatenate([s.rollout_logprobs for s in sequences]),
+    )
+
+
+def test_labels_of_shared_prompts_are_those_of_their_responses():
+    sequences = [shared([1, 2], [3], 0), shared([1, 2], [4, 5], 1), make_sequence([6], [7], 2)]
+    for sequence, label in zip(sequences, ["sums", "sums", "words"], strict=True):
+        sequence.source = sequence.regime = label
+    micro = build_microbatch(sequences, pad_to_multiple=8)
+    assert micro.sources == micro.regimes == ["sums", "sums", "sums", "words"]
+    parts = split_by_label(micro.targets_T, micro, micro.sources)
+    assert {name: part.tolist() for name, part in parts.items()} == {"sums": [3, 4, 5], "words": [7]}
+
+
+def test_a_prompt_of_one_token_has_nothing_to_share():
+    micro = build_microbatch([shared([1], [2], 0), shared([1], [3], 1)])
+    assert micro.tokens_T.tolist() == [1, 2, 1, 3]
+    assert micro.prefixes == [-1, -1]
+
+
+def test_microbatch_refuses_to_share_what_differs():
+    with pytest.raises(ValueError, match="sequences of shared_prompt 0 must have the same prompt_ids"):
+        build_microbatch([shared([1, 2], [3], 0), shared([1, 4], [3], 1)])
 
 
 @pytest.mark.parametrize("pad_to_multiple", [1, 8])

@@ -10,7 +10,7 @@ from megatron_rlvr.data.packing import PackedSequence, build_microbatch
 from megatron_rlvr.metrics import merge, values
 from megatron_rlvr.policy.policy import LogprobPass
 from megatron_rlvr.trainer.update.batch import ProbeScale, UpdateBatch
-from megatron_rlvr.trainer.update.metrics import elision_metrics, pass_metrics, sampled_entropy_metrics
+from megatron_rlvr.trainer.update.metrics import pass_metrics, sampled_entropy_metrics, saving_metrics
 
 LENGTHS = [3, 1, 4, 2, 5, 2]
 
@@ -114,10 +114,11 @@ def test_without_tokens_entropy_is_unknown_and_not_absent():
 def test_what_was_saved_and_what_the_engine_says_for_nothing():
     kept, probed, idle = (build_microbatch([s]) for s in sequences()[:3])
     update = UpdateBatch(micro_batches=[kept], probed=[probed], idle=[idle], probe_scale=ProbeScale())
-    assert values(elision_metrics([update])) == {
+    assert values(saving_metrics([update])) == {
         "update/elided_fraction": 9 / 14,
         "update/tokens_saved": 9.0,
         "update/tokens_probed": 3.0,
+        "update/prompt_tokens_shared": 0.0,
     }
     engine = np.concatenate([s.rollout_logprobs for s in sequences()[:3]])
     found = values(sampled_entropy_metrics([kept, probed, idle]))
