@@ -1,6 +1,8 @@
 """What CONTRIBUTING.md promises about the house itself."""
 
 import ast
+import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -73,6 +76,26 @@ def test_files_and_functions_stay_short() -> None:
                 if length > MAX_FUNCTION_LINES:
                     too_long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
     assert too_long == []
+
+
+def is_submodule(package: ModuleType, name: str) -> bool:
+    return hasattr(package, "__path__") and importlib.util.find_spec(f"{package.__name__}.{name}") is not None
+
+
+def test_what_tools_import_of_the_package_is_there() -> None:
+    missing = []
+    for path in sources():
+        if path.is_relative_to(ROOT / "megatron_rlvr"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron_rlvr"):
+                module = importlib.import_module(node.module or "")
+                missing += [
+                    f"{path.relative_to(ROOT)}:{node.lineno}: {node.module}.{alias.name}"
+                    for alias in node.names
+                    if not hasattr(module, alias.name) and not is_submodule(module, alias.name)
+                ]
+    assert missing == []
 
 
 def test_there_is_no_dumping_ground() -> None:

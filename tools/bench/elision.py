@@ -40,7 +40,7 @@ from megatron_rlvr.config.schema import (
 from megatron_rlvr.metrics import values
 from megatron_rlvr.policy.parallel import ParallelContext
 from megatron_rlvr.policy.policy import LogprobPass, Policy
-from megatron_rlvr.sync.process_group import free_port
+from megatron_rlvr.rollout.ports import free_port
 from megatron_rlvr.trainer.scratch import make_model
 from megatron_rlvr.trainer.update.batch import DealOptions, deal, pack_share
 from megatron_rlvr.trainer.update.steps import Updater
