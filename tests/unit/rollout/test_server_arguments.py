@@ -118,10 +118,14 @@ def test_every_flag_that_is_set_here_is_owned() -> None:
 
 def test_environment_hides_the_trainers_process_group_and_divides_the_cores() -> None:
     inherited = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1", "HOME": "/h"}
+    inherited |= {"MALLOC_TRIM_THRESHOLD_": "7"}
     environment = server_environment(inherited, tp=2, num_engines=1, gpu=False, cores=[0, 1, 2, 3])
     assert environment == {
         "HOME": "/h",
         "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",
+        "MALLOC_MMAP_THRESHOLD_": "33554432",
+        "MALLOC_TRIM_THRESHOLD_": "7",
         "PYTHONUNBUFFERED": "1",
         "SGLANG_USE_CPU_ENGINE": "1",
         "SGLANG_CPU_OMP_THREADS_BIND": "0,1|2,3",
@@ -134,6 +138,7 @@ def test_environment_hides_the_trainers_process_group_and_divides_the_cores() ->
     assert gpu == {
         "HOME": "/h",
         "OMP_NUM_THREADS": "1",
+        "MALLOC_TRIM_THRESHOLD_": "7",
         "PYTHONUNBUFFERED": "1",
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
     }
