@@ -193,17 +193,40 @@ class PackedAttention(torch.nn.Module):
                     (value_THC, block.key, num_keys),
                 )
             )
-            out = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=block.visible,
-                is_causal=block.visible is None,
-                scale=self.softmax_scale,
-                enable_gqa=query_THC.shape[1] != key_THC.shape[1],
-            )
+            out = attend(query, key, value, block.visible, scale=self.softmax_scale, expand=query.is_cuda)
             outputs.append(out.transpose(1, 2).reshape(num_segments * num_queries, -1))
         return torch.cat(outputs).index_select(0, packed_seq_params.plan.destination_T)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    scale: float | None,
+    expand: bool,
+) -> torch.Tensor:
+    """Attention output [B, H, Q, C], causal, or of the visible keys.
+
+    Args:
+        query: [B, H, Q, C]; key and value: [B, groups, K, C].
+        visible: bool [B, 1, Q, K]; None: causal.
+        expand: under a mask, repeat the keys of a group for each of its heads: CUDA's fast kernels take grouped heads
+            or a mask, and without one of them all scores would be kept.
+    """
+    heads_per_group = query.shape[1] // key.shape[1]
+    if expand and visible is not None and heads_per_group > 1:
+        key, value = (x.repeat_interleave(heads_per_group, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def uses_transformer_engine() -> bool:

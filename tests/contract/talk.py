@@ -17,7 +17,7 @@ ENDLESS = {"max_new_tokens": 3500, "temperature": 1.0, "ignore_eos": True}
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> requests.Response:
-    return requests.post(url + path, json=body, timeout=60.0)
+    return requests.post(url + path, json=body, timeout=300.0)
 
 
 def generate(url: str, input_ids: Any, sampling_params: Any, **fields: Any) -> Any:
@@ -47,7 +47,7 @@ class RunningRequest:
         self.url = url
         self.rid = uuid.uuid4().hex
         body = {"rid": self.rid, "input_ids": input_ids, "sampling_params": ENDLESS, "return_logprob": True}
-        self._response = requests.post(url + "/generate", json={**body, "stream": True}, stream=True, timeout=60.0)
+        self._response = requests.post(url + "/generate", json={**body, "stream": True}, stream=True, timeout=300.0)
         assert self._response.status_code == 200
         self._chunks = self._read()
         self.latest: dict[str, Any] = next(self._chunks)
@@ -62,7 +62,7 @@ class RunningRequest:
 
     def abort(self) -> dict[str, Any]:
         """Ends the request; the complete answer."""
-        response = requests.post(self.url + "/abort_request", json={"rid": self.rid}, timeout=60.0)
+        response = requests.post(self.url + "/abort_request", json={"rid": self.rid}, timeout=300.0)
         assert (response.status_code, response.content) == (200, b"")
         return self.rest()
 

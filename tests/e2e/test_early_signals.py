@@ -37,7 +37,7 @@ def test_while_a_library_is_imported(
 ) -> None:
     run = subprocess.run(
         [*COMMAND, module, number, *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert (run.returncode, run.stdout.splitlines()) == (code, [words])
@@ -55,7 +55,7 @@ def test_ranks_that_do_not_listen_yet(tmp_path: Path) -> None:
         assert run.stdout is not None
         assert {run.stdout.readline(), run.stdout.readline()} == {"0\n", "1\n"}
         run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=60)
+        _, said = run.communicate(timeout=300)
     assert run.returncode == 75
     assert "stopped by SIGTERM" in said.splitlines(), said
     assert not list(tmp_path.glob("rlvr-*"))

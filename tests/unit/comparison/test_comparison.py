@@ -275,7 +275,7 @@ def test_the_tool_stops_on_ctrl_c_with_its_cell(matrix_file, tmp_path):
         while not log.exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

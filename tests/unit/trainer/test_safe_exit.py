@@ -40,7 +40,7 @@ def test_the_code_and_all_handlers_but_no_taking_apart(last: str, code: int, wor
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (code, "handler\n")
