@@ -102,6 +102,7 @@ def micro_of(batch: dict[str, torch.Tensor]) -> MicroBatch:
         tokens_T=torch.zeros_like(batch["trajectory_T"]),
         position_ids_T=batch["position_T"],
         cu_seqlens=torch.zeros(1, dtype=torch.int32),
+        prefixes=[],
         max_seqlen=0,
         sources=[],
         regimes=[],
