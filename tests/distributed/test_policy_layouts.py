@@ -111,9 +111,9 @@ def test_packing_changes_nothing(model, single, tmp_path: Path) -> None:
 
 
 @TIED
-@pytest.mark.parametrize("layout", ["single", "tp2_sequence_parallel", "pp2_vpp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2_sequence_parallel", "pp2_vpp2", "dp2"])
 def test_prompts_computed_once_change_nothing(layout, model, single, tmp_path: Path) -> None:
-    world_size, parallel = LAYOUTS.get(layout, (1, {}))
+    world_size, parallel = LAYOUTS[layout]
     got = train(model, tmp_path / "trained", world_size=world_size, share_prompts=True, max_tokens=60, **parallel)
     assert got[0]["num_shared_tokens"] > 10
     assert_same(got, single)
