@@ -1,8 +1,9 @@
 """Starts one SGLang server: ``python -m megatron_rlvr.rollout.launcher [--parent-pid PID] [--api-key-file FILE] <sglang
 arguments>``.
 
-On a GPU this is ``sglang.launch_server`` and nothing else. Without one, the stand-ins of `platform` come first: the
-module level runs again in every process that SGLang spawns, so that they reach the scheduler and the detokenizer.
+On a GPU this is ``sglang.launch_server`` and nothing else. Without one, the stand-ins of `platform` come first; they
+are inherited by the scheduler and the detokenizer, which are forked there, and the module level runs again in whatever
+else SGLang spawns.
 
 With ``--parent-pid`` the server and all its children are killed as soon as that parent is gone. With
 ``--api-key-file`` it answers only those who send the key in that file.

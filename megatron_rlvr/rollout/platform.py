@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import itertools
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def install() -> None:
     _stand_in_for_sgl_kernel()
     _batch_the_attention()
     _honour_the_seeds()
+    _fork_the_children()
 
 
 def declare_torchvision_ops() -> None:
@@ -258,6 +260,27 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+ENGINE_MODULE = "sglang.srt.entrypoints.engine"
+
+
+def _fork_the_children() -> None:
+    # SGLang spawns its scheduler and detokenizer, since a context on a GPU does not survive a fork. Here each would
+    # spend most of a server's start on importing once more what its parent has imported.
+    sys.meta_path.insert(0, _AfterImport(ENGINE_MODULE, _give_forking_processes))
+
+
+def _give_forking_processes(module: ModuleType) -> None:
+    class Forking:
+        """SGLang's `multiprocessing`; the method that it sets is that of everybody else's processes."""
+
+        Process = multiprocessing.get_context("fork").Process
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(multiprocessing, name)
+
+    module.mp = Forking()  # type: ignore[attr-defined]
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
