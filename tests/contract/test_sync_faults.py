@@ -42,7 +42,7 @@ from tests.fakes.engines import DictSource, OneRank
 
 pytestmark = pytest.mark.server
 SYNC = SyncConfig(timeout_s=60.0, control_timeout_s=30.0)
-NUM_SYNCS = {"broadcast": 200, "shards": 120}
+NUM_SYNCS = 120
 GROWTH_MB = 40.0
 """Of any process over the last three quarters of the syncs; each moves 0.6 MB, so that a leak of one would show 54."""
 
@@ -209,13 +209,12 @@ def test_one_is_killed_in_the_middle_and_comes_back(trainer: Trainer, monkeypatc
     survivor = psutil.Process(trainer.pid_of("server-0"))
     processes = [psutil.Process(), *survivor.children(recursive=True)]
     sizes: list[list[int]] = []
-    num_syncs = NUM_SYNCS[trainer.way]
-    for count in range(num_syncs):
-        if count in (num_syncs // 4, num_syncs - 1):
+    for count in range(NUM_SYNCS):
+        if count in (NUM_SYNCS // 4, NUM_SYNCS - 1):
             sizes.append([process.memory_info().rss for process in processes])
         report = trainer.push()
     growth = [(last - first) / 1e6 for first, last in zip(*sizes, strict=True)]
-    print(f"growth in MB over {num_syncs} syncs by {trainer.way}, this process first: {growth}")
+    print(f"growth in MB over {NUM_SYNCS} syncs by {trainer.way}, this process first: {growth}")
     assert max(growth) < GROWTH_MB, growth
 
     deadline = time.monotonic() + 180.0

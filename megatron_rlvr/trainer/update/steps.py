@@ -101,22 +101,24 @@ class Updater:
     def run(self, updates: Sequence[UpdateBatch]) -> UpdateOutcome:
         """One optimizer step for every entry of `updates` (this rank's part of it)."""
         every = [micro for update in updates for micro in update.micro_batches]
-        parts = [self._look_at_elided(update) for update in updates]
-        # With a single update old and current log-probs are the same numbers: the loss pass gives both.
-        separate_pass = len(updates) > 1 or self.selector.selects_globally
-        if separate_pass:
-            before = self.policy.logprobs(every, temperature=self.temperature)
-            for micro, logprobs_T in zip(every, before.logprobs, strict=False):
+        parts = self._look_at_elided(updates)
+        # In the first update old and current log-probs are the same numbers: its loss pass gives both, unless tokens
+        # are chosen before it.
+        num_free = 0 if self.selector.selects_globally else 1
+        looked_at = [micro for update in updates[num_free:] for micro in update.micro_batches]
+        if looked_at:
+            before = self.policy.logprobs(looked_at, temperature=self.temperature)
+            for micro, logprobs_T in zip(looked_at, before.logprobs, strict=False):
                 micro.old_logprobs_T = logprobs_T
             if self.parallel.ranks.is_last_stage:
-                parts.append(pass_metrics(every, before))
+                parts.append(pass_metrics(looked_at, before))
         if self.reference is not None:
             frozen = self.reference.logprobs(every, temperature=self.temperature)
             for micro, logprobs_T in zip(every, frozen.logprobs, strict=False):
                 micro.ref_logprobs_T = logprobs_T
         results = []
-        for update in updates:
-            metrics, result = self._step(update, with_pass_metrics=not separate_pass)
+        for number, update in enumerate(updates):
+            metrics, result = self._step(update, with_pass_metrics=number < num_free)
             parts.append(metrics)
             results.append(result)
         if self.parallel.ranks.is_last_stage:
@@ -146,21 +148,25 @@ class Updater:
         self.num_updates += 1
         return metrics, result
 
-    def _look_at_elided(self, update: UpdateBatch) -> dict[str, Metric]:
+    def _look_at_elided(self, updates: Sequence[UpdateBatch]) -> list[dict[str, Metric]]:
         """A pass without gradient over a sample of the elided responses, and old log-probs for all of them.
 
         Those without a pass take the engine's: they only enter means over tokens (spec A10).
         """
-        metrics: dict[str, Metric] = {}
-        if update.probed:
-            once = self.policy.logprobs(update.probed, temperature=self.temperature)
-            for micro, logprobs_T in zip(update.probed, once.logprobs, strict=False):
-                micro.old_logprobs_T = logprobs_T
-            if self.parallel.ranks.is_last_stage:
-                metrics = pass_metrics(update.probed, once, update.probe_scale)
-        for micro in update.idle:
+        for micro in (micro for update in updates for micro in update.idle):
             micro.old_logprobs_T = micro.rollout_logprobs_T
-        return metrics
+        probed = [(update, micro) for update in updates for micro in update.probed]
+        if not probed:
+            return []
+        once = self.policy.logprobs([micro for _, micro in probed], temperature=self.temperature)
+        if not self.parallel.ranks.is_last_stage:
+            return []
+        parts = []
+        for (update, micro), logprobs_T, entropy_T in zip(probed, once.logprobs, once.entropy, strict=True):
+            micro.old_logprobs_T = logprobs_T
+            alone = LogprobPass(logprobs=[logprobs_T], entropy=[entropy_T])
+            parts.append(pass_metrics([micro], alone, update.probe_scale))
+        return parts
 
     def _token_loss(
         self,
