@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Half of a process's start would go into compiling what it imports, again for each of the dozen processes of a run.
 unexport PYTHONDONTWRITEBYTECODE
 # On all cores, where pip would take one; files for another Python, as templates and tests hold them, do not compile.
-COMPILE := compileall() { $(PY) -m compileall -q -j 0 -x '/site-packages/.*/tests?/' "$$@" >/dev/null || true; }; compileall
+compile = { $(PY) -m compileall -q -j 0 -x '/site-packages/.*/tests?/' $(1) >/dev/null || true; }
 PIP := $(PY) -m pip --no-input
 # pip's log as a few lines a person can follow; errors pass, the rest is counted.
 FOLLOW := awk -v total="$$(grep -c == $(LOCK))" ' \
@@ -63,7 +63,7 @@ endif
 
 $(CURDIR)/build/sglang/%: | $(LOCKED)
 	@echo "==> SGLang $* beside $(VENV)"
-	@rm -rf $@.part && $(PIP) install -q --no-deps --no-compile --target $@.part sglang==$* && $(COMPILE) $@.part && mv $@.part $@
+	@rm -rf $@.part && $(PIP) install -q --no-deps --no-compile --target $@.part sglang==$* && $(call compile,$@.part) && mv $@.part $@
 
 # Warnings of other people's packages at their import are not what a newcomer should read first.
 train: setup $(OTHER_SGLANG)
@@ -109,7 +109,7 @@ $(LOCKED): | $(PY)
 			"(pytorch.org lists them)$(if $(filter 1,$(CUDA)),, or take the CUDA build (9 GB), which runs on a CPU too: make CUDA=1)" >&2; exit 1; }
 	@$(PIP) install --no-deps --no-compile --progress-bar off -r $(LOCK) 2>&1 | tee $(VENV)/install.log | $(FOLLOW) || \
 		{ echo "error: $(LOCK) was not installed; all that pip said: $(VENV)/install.log" >&2; exit 1; }
-	@echo "    compiling" && $(COMPILE) $(VENV)/lib
+	@echo "    compiling" && $(call compile,$(VENV)/lib)
 	@rm -f $(VENV)/.locked-* && touch $@
 
 $(BUILT): $(SOURCES) $(LOCKED)
