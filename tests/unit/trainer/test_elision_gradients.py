@@ -47,6 +47,8 @@ class TablePolicy:
         generator = torch.Generator().manual_seed(0)
         self.table_VV = torch.randn(VOCAB, VOCAB, dtype=torch.float64, generator=generator).requires_grad_()
         self.gradients = []
+        self.passes = []
+        """Numbers of micro-batches of the passes without gradient."""
 
     def look(self, micro):
         logp_TV = self.table_VV[micro.tokens_T].log_softmax(dim=-1)
@@ -54,6 +56,7 @@ class TablePolicy:
         return logprobs_T, -(logp_TV.exp() * logp_TV).sum(dim=-1)
 
     def logprobs(self, micro_batches, *, temperature):
+        self.passes.append(len(micro_batches))
         with torch.no_grad():
             pairs = [self.look(micro) for micro in micro_batches]
         return LogprobPass(logprobs=[pair[0] for pair in pairs], entropy=[pair[1] for pair in pairs])
@@ -96,30 +99,35 @@ def make_groups():
     return made
 
 
+def updates_of(policy, name, aggregation="token-mean", *, elide):
+    """An updater and what it is to run: two updates on eight groups."""
+    groups = make_groups()
+    advantages, _ = compute_advantages(groups, AdvantageConfig())
+    ranks = SimpleNamespace(ranks=SimpleNamespace(is_last_stage=True, dp_size=1))
+    updater = Updater(
+        policy, ranks, loss=LOSSES[name], optim=OptimConfig(), temperature=1.0, seed=0, total_updates=UPDATES
+    )
+    options = DealOptions(
+        updates_per_rollout=UPDATES,
+        aggregation=aggregation,
+        max_response_tokens=16,
+        max_tokens_per_microbatch=64,
+        dp_size=1,
+        micro_batch_multiple=1,
+        elide_zero_advantage=elide,
+        probed_share=1.0,
+    )
+    [shares] = deal(groups, advantages, options)
+    return updater, [pack_share(share, pad_to_multiple=1, device=policy.device) for share in shares]
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_the_whole_batch(name, aggregation):
-    groups = make_groups()
-    advantages, _ = compute_advantages(groups, AdvantageConfig())
     gradients, selected = {}, {}
     for elide in (False, True):
         policy = TablePolicy()
-        ranks = SimpleNamespace(ranks=SimpleNamespace(is_last_stage=True, dp_size=1))
-        updater = Updater(
-            policy, ranks, loss=LOSSES[name], optim=OptimConfig(), temperature=1.0, seed=0, total_updates=UPDATES
-        )
-        options = DealOptions(
-            updates_per_rollout=UPDATES,
-            aggregation=aggregation,
-            max_response_tokens=16,
-            max_tokens_per_microbatch=64,
-            dp_size=1,
-            micro_batch_multiple=1,
-            elide_zero_advantage=elide,
-            probed_share=1.0,
-        )
-        [shares] = deal(groups, advantages, options)
-        updates = [pack_share(share, pad_to_multiple=1, device=policy.device) for share in shares]
+        updater, updates = updates_of(policy, name, aggregation, elide=elide)
         updater.run(updates)
         gradients[elide] = policy.gradients
         micros = [micro for update in updates for micro in update.micro_batches]
@@ -131,3 +139,16 @@ def test_gradients_are_those_of_the_whole_batch(name, aggregation):
         torch.testing.assert_close(less, full, rtol=1e-12, atol=1e-15)
     if "cov" in name:
         assert 0 < sum(selected[True]) <= sum(selected[False])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_old_logprobs_are_those_before_the_first_update(name):
+    """One pass for them, which spares the first update where its loss pass comes to the same numbers."""
+    policy = TablePolicy()
+    updater, updates = updates_of(policy, name, elide=False)
+    before = TablePolicy()
+    updater.run(updates)
+    for micro in (micro for update in updates for micro in update.micro_batches):
+        torch.testing.assert_close(micro.old_logprobs_T, before.look(micro)[0].detach(), rtol=0, atol=0)
+    first, second = (len(update.micro_batches) for update in updates)
+    assert policy.passes == [first + second if "cov" in name else second]
