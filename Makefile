@@ -109,7 +109,7 @@ $(LOCKED): | $(PY)
 			"(pytorch.org lists them)$(if $(filter 1,$(CUDA)),, or take the CUDA build (9 GB), which runs on a CPU too: make CUDA=1)" >&2; exit 1; }
 	@$(PIP) install --no-deps --no-compile --progress-bar off -r $(LOCK) 2>&1 | tee $(VENV)/install.log | $(FOLLOW) || \
 		{ echo "error: $(LOCK) was not installed; all that pip said: $(VENV)/install.log" >&2; exit 1; }
-	@echo "    compiling" && $(call compile,$(VENV)/lib)
+	@echo "    compiling them" && $(call compile,$(VENV)/lib)
 	@rm -f $(VENV)/.locked-* && touch $@
 
 $(BUILT): $(SOURCES) $(LOCKED)

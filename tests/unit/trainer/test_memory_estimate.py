@@ -41,7 +41,7 @@ CASES = [
     {"num_sequences": 1, "sequence": 32},
     {"num_sequences": 4},
     {"num_sequences": 6, "recompute": "full"},
-    {"num_sequences": 4, "dtype": "bfloat16"},
+    {"num_sequences": 2, "sequence": 64, "dtype": "bfloat16"},
 ]
 
 
