@@ -34,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Half of a process's start would go into compiling what it imports, again for each of the dozen processes of a run.
 unexport PYTHONDONTWRITEBYTECODE
 # On all cores, where pip would take one; files for another Python, as templates and tests hold them, do not compile.
-compile = { $(PY) -m compileall -q -j 0 -x '/site-packages/.*/tests?/' $(1) >/dev/null || true; }
+compile = { PYTHONWARNINGS=ignore $(PY) -m compileall -q -j 0 -x '/site-packages/.*/tests?/' $(1) >/dev/null || true; }
 PIP := $(PY) -m pip --no-input
 # pip's log as a few lines a person can follow; errors pass, the rest is counted.
 FOLLOW := awk -v total="$$(grep -c == $(LOCK))" ' \

@@ -105,7 +105,8 @@ def transformer_config(shape: ModelShape, model: ModelConfig, parallel: Parallel
         # batch_p2p_comm together with virtual stages is silently wrong on gloo.
         batch_p2p_comm=False,
         overlap_p2p_comm=parallel.vpp > 1,
-        deallocate_pipeline_outputs=pipelined,
+        # With overlap Megatron frees an output while its send is under way: gloo then reads memory of somebody else.
+        deallocate_pipeline_outputs=pipelined and parallel.vpp == 1,
         # Weights are always loaded, so no time is spent on random values.
         perform_initialization=False,
         use_cpu_initialization=not gpu,

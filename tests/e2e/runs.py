@@ -16,6 +16,8 @@ import psutil
 from tests.paths import ROOT, python_path
 
 MARK = "MEGATRON_RLVR_TEST_RUN"
+FOLLOW_S = 20.0
+"""For how long a process of a run may outlive it: each looks for its parent every second at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +65,16 @@ def train(
     finally:
         process.kill()
         process.wait()
-        survivors = list(family(mark))
+        survivors = outliving(mark)
         for survivor in survivors:
             survivor.kill()
     return Finished(code=process.returncode, output=output, survivors=[_describe(p) for p in survivors])
+
+
+def outliving(mark: str) -> list[psutil.Process]:
+    """Processes of a run that do not follow it: each looks for its parent now and then, and ends by itself."""
+    _, alive = psutil.wait_procs(list(family(mark)), timeout=FOLLOW_S)
+    return alive
 
 
 def family(mark: str) -> Iterator[psutil.Process]:

@@ -22,7 +22,7 @@ from megatron_rlvr.rollout.engine import HttpEngine
 from megatron_rlvr.rollout.wire import WireError, request
 from megatron_rlvr.trainer.warm_cache import WarmCacheEntry, cache_key
 from tests.conftest import RealServer
-from tests.e2e.runs import assert_servers_agree, family, start
+from tests.e2e.runs import assert_servers_agree, family, outliving, start
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 PATIENCE_S = 400.0
@@ -88,7 +88,7 @@ class Run:
         """Ends what is left; command lines of what outlived the run."""
         self.process.kill()
         self.process.wait()
-        left = list(family(self.mark))
+        left = outliving(self.mark)
         told = [" ".join(process.cmdline()) for process in left]
         for process in left:
             process.kill()

@@ -15,7 +15,7 @@ from megatron_rlvr.report.run_status import read_status
 from megatron_rlvr.rollout.engine import HttpEngine
 from megatron_rlvr.rollout.recording import read_batch, step_file
 from tests.conftest import RealServer
-from tests.e2e.runs import Finished, assert_servers_agree, family, start, train
+from tests.e2e.runs import Finished, assert_servers_agree, outliving, start, train
 
 pytestmark = pytest.mark.server
 
@@ -56,7 +56,7 @@ def stopped_after(line: str, arguments: list[str]) -> Finished:
     finally:
         process.kill()
         process.wait()
-        survivors = list(family(mark))
+        survivors = outliving(mark)
         for survivor in survivors:
             survivor.kill()
     return Finished(code=code, output="".join(lines), survivors=[str(survivor) for survivor in survivors])
