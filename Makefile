@@ -33,7 +33,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Half of a process's start would go into compiling what it imports, again for each of the dozen processes of a run.
 unexport PYTHONDONTWRITEBYTECODE
-# On all cores, where pip would take one; files for another Python, as templates and tests hold them, do not compile.
+# On all cores, where pip would take one; what is written for another Python, such as templates, does not compile.
 compile = { PYTHONWARNINGS=ignore $(PY) -m compileall -q -j 0 -x '/site-packages/.*/tests?/' $(1) >/dev/null || true; }
 PIP := $(PY) -m pip --no-input
 # pip's log as a few lines a person can follow; errors pass, the rest is counted.

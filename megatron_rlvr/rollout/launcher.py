@@ -11,7 +11,6 @@ With ``--parent-pid`` the server and all its children are killed as soon as that
 
 from __future__ import annotations
 
-import os
 import sys
 
 from megatron_rlvr.rollout import lifetime
@@ -34,7 +33,6 @@ def main(argv: list[str]) -> None:
     """
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
 
     if argv[:1] == ["--api-key-file"]:
         from sglang.srt.entrypoints.http_server import app
@@ -44,7 +42,7 @@ def main(argv: list[str]) -> None:
     try:
         run_server(prepare_server_args(argv))
     finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+        lifetime.kill_children()
 
 
 if __name__ == "__main__":

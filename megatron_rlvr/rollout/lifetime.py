@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+
 PARENT_POLL_S = 0.25
 SHARED_PREFIXES = ("sglang_loads_", "sgl_shm_", "sem.mp-")
 """Files in /dev/shm that SGLang and multiprocessing make and, when killed, leave."""
@@ -100,6 +102,15 @@ def shared_files(group: int) -> set[Path]:
         except FileNotFoundError:  # removed while we looked
             continue
     return files
+
+
+def kill_children() -> None:
+    """Ends what this process and its children have started, for good."""
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            pass  # ended by itself
 
 
 def unlink(files: set[Path]) -> None:

@@ -12,10 +12,10 @@ Sharing makes the full update cheaper by more than the elided one, which holds f
 of zeros and share p of prompts, groups of G, all of a pass's tokens are in proportion (1 - z) (1 - p) + p / G to
 (1 - p) + p / G. That is 0.25 here, before anything is probed, and 0.20 without sharing.
 
-``steps`` are the optimizer steps alone, without the passes that only compute log-probs: with several updates old
-log-probs are computed before the first. Clip-Cov's means need those of all responses, so that a forward pass of
-every token stays. With forward 1 and backward 2, share z of zeros and everything exact, passes and steps together cost
-no less than (1 + 3 (1 - z)) / (1 + 3) of the full: 0.40 at z = 0.8.
+``steps`` are the optimizer steps alone, without the passes that only compute log-probs: with several updates the old
+log-probs of the later ones are computed before the first. Clip-Cov's means need those of all responses, so that a
+forward pass of every token stays. With forward 1 and backward 2, share z of zeros and everything exact, passes and
+steps together cost no less than (1 + 3 (1 - z)) / (1 + 3) of the full: 0.40 at z = 0.8.
 """
 
 from __future__ import annotations
