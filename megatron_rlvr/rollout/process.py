@@ -164,11 +164,10 @@ class ServerProcess:
     def _wait_end(self, process: subprocess.Popen[bytes]) -> None:
         """Waits, and notes what the process shares while there is something to be seen of it."""
         while process.poll() is None:
-            self._shared |= lifetime.shared_files(process.pid)
             try:
                 process.wait(timeout=SHARED_POLL_S)
             except subprocess.TimeoutExpired:
-                continue
+                self._shared |= lifetime.shared_files(process.pid)
 
     def _wait_healthy(self, process: subprocess.Popen[bytes]) -> str | None:
         """None when healthy, else what went wrong."""
@@ -179,6 +178,8 @@ class ServerProcess:
             try:
                 status, _ = wire.request(self.status.url, "GET", self._health_path, timeout_s=HEALTH_TIMEOUT_S)
                 if status == 200 and process.poll() is None:
+                    # before anyone learns that it is ready: from then on it may be killed with nothing left to see
+                    self._shared |= lifetime.shared_files(process.pid)
                     return None
             except wire.WireError:
                 pass  # not listening yet

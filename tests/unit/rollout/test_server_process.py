@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -69,9 +70,10 @@ class Observed:
 def observe(tmp_path: Path) -> Iterator[Callable[..., Observed]]:
     made: list[Observed] = []
 
-    def make(script: str, **changes: Any) -> Observed:
+    def make(script: str, *, start: bool = True, **changes: Any) -> Observed:
         made.append(Observed(tmp_path, script, **changes))
-        made[-1].process.start()
+        if start:
+            made[-1].process.start()
         return made[-1]
 
     yield make
@@ -99,6 +101,31 @@ def test_restarts_are_counted_and_bounded(observe: Callable[..., Observed]) -> N
     assert "ended while serving, exit code 0" in failed.message
     assert [s.restarts for s in observed.states if s.state is ProcessState.ready] == [0, 1, 2]
     assert len({s.url for s in observed.states}) == 1
+
+
+def test_killed_the_moment_it_is_ready_leaves_no_shared_memory(observe: Callable[..., Observed]) -> None:
+    sharing = """
+import mmap, os
+from pathlib import Path
+shared = Path(f"/dev/shm/sglang_loads_{os.getpid()}_test.shm")
+shared.write_bytes(bytes(4096))
+mapped = mmap.mmap(os.open(shared, os.O_RDWR), 4096)
+"""
+    killed: list[int] = []
+
+    def kill_when_ready() -> None:
+        status = observed.process.status
+        if status.state is ProcessState.ready and status.pid is not None:
+            killed.append(status.pid)
+            os.kill(status.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, status.pid, os.WEXITED | os.WNOWAIT)  # dead before its owner looks again
+        observed._note()
+
+    observed = observe(sharing + SERVE, max_restarts=0, start=False, on_change=kill_when_ready)
+    observed.process.start()
+    observed.wait(ProcessState.failed)
+    assert len(killed) == 1
+    assert not list(Path("/dev/shm").glob(f"sglang_loads_{killed[0]}_*"))
 
 
 def test_port_taken_meanwhile_is_given_up(observe: Callable[..., Observed], monkeypatch: pytest.MonkeyPatch) -> None:
