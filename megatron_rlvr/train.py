@@ -46,6 +46,7 @@ def run(config: RunConfig, resolved_yaml: str, overrides: Sequence[str], stop: S
     from megatron_rlvr.report.live_view import LiveView
     from megatron_rlvr.report.metrics_writer import MetricsWriter
     from megatron_rlvr.report.run_directory import RESOLVED_CONFIG, run_directory
+    from megatron_rlvr.report.run_record import RunRecord
     from megatron_rlvr.trainer.loop import train
 
     stop.begin()
@@ -67,12 +68,13 @@ def run(config: RunConfig, resolved_yaml: str, overrides: Sequence[str], stop: S
                 wandb=logging.wandb,
                 wandb_project=logging.wandb_project,
                 config=OmegaConf.to_container(OmegaConf.create(resolved_yaml)),  # type: ignore[arg-type]
-            ) as writer,
+            ) as metrics,
+            RunRecord(metrics) as record,
             LiveView(logging.console, config.train.steps, config.experiment_name) as view,
         ):
             for warning in warnings:
                 view.note(f"warning: {warning}")
-            summary = train(config, parallel, run_dir, view, writer, stop)
+            summary = train(config, parallel, run_dir, view, record, stop)
     if config.train.enabled:
         print(f"held-out accuracy: {_share(summary.start_accuracy)} -> {_share(summary.end_accuracy)} "
               f"on {summary.num_problems} problems after {summary.steps} steps")  # fmt: skip

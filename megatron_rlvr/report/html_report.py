@@ -58,8 +58,8 @@ HIGHLIGHTS = (
 def write_report(run_dir: Path) -> Path:
     """Writes ``report.html`` from what the run's folder holds so far, in one step (a reader never sees half a page).
 
-    Reads ``metrics.jsonl``, and ``config.yaml`` and ``samples/`` where they are there. Takes some milliseconds for a
-    hundred steps, so that it can be called after each.
+    Reads ``metrics.jsonl``, and ``config.yaml`` and ``samples/`` where they are there; the time it takes grows with the
+    number of steps.
 
     Returns:
         The file.
@@ -205,6 +205,7 @@ def charts_of(rows: Sequence[Row]) -> list[Chart]:
                 "time/train_s": "train",
                 "time/sync_s": "weight sync",
                 "time/diagnostics_s": "diagnostics",
+                "time/record_s": "record",
             },
             unit="s",
             stacked=True,

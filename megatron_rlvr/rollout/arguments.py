@@ -138,6 +138,9 @@ def server_arguments(
         argv += ["--disable-cuda-graph", "--skip-server-warmup"]
         # an idle scheduler would spin on a core that the trainer needs
         argv += ["--sleep-on-idle"]
+        # There is no device to work while Python does: a step decided on before the last one's tokens are known only
+        # decodes one token more of every request that has ended.
+        argv += ["--disable-overlap-schedule"]
         total_tokens = total_tokens or CPU_TOTAL_TOKENS
         running_requests = running_requests or CPU_RUNNING_REQUESTS
     if total_tokens is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from megatron_rlvr.config.schema import RunConfig
 from megatron_rlvr.metrics import Max, Mean, Metric, merge, values
 from megatron_rlvr.ops.exact import parse_quantile_level
 from megatron_rlvr.policy.parallel import ParallelContext
-from megatron_rlvr.report.html_report import write_report
 from megatron_rlvr.report.live_view import LiveView
-from megatron_rlvr.report.metrics_writer import MetricsWriter
+from megatron_rlvr.report.run_record import RunRecord
 from megatron_rlvr.report.run_status import RunStatus
 from megatron_rlvr.report.samples import choose_samples, write_samples
 from megatron_rlvr.trainer.checkpoints.run_state import Progress
@@ -35,6 +33,7 @@ from megatron_rlvr.trainer.evaluation.while_training import Evaluated
 from megatron_rlvr.trainer.evaluation.while_training import evaluate as evaluate_all
 from megatron_rlvr.trainer.session import Session
 from megatron_rlvr.trainer.steering.levels import verdicts
+from megatron_rlvr.trainer.step_clock import STEP_TIMES, StepClock
 from megatron_rlvr.trainer.stopping import RunInterruptedError, StopSignals
 from megatron_rlvr.trainer.update.batch import DealOptions, StepShare, UpdateBatch, deal, pack_share
 from megatron_rlvr.trainer.update.steps import TrainingDivergedError, UpdateOutcome
@@ -58,17 +57,17 @@ def train(
     parallel: ParallelContext,
     run_dir: Path,
     view: LiveView | None,
-    writer: MetricsWriter | None,
+    record: RunRecord | None,
     stop: StopSignals,
 ) -> RunSummary:
-    """Trains from start, or from the newest checkpoint, to end; view and writer are rank 0's.
+    """Trains from start, or from the newest checkpoint, to end; view and record are rank 0's.
 
     Raises:
         RunInterruptedError: a signal asked to stop; what was done is in a checkpoint.
     """
     status = RunStatus(run_dir if parallel.ranks.is_main else None)
     with status, Session(config, parallel, run_dir, view, stop) as run:
-        checkpoints = Checkpoints(run, writer, status)
+        checkpoints = Checkpoints(run, record, status)
         try:
             with lost_peers_explained(stop):
                 found = checkpoints.find()
@@ -80,9 +79,9 @@ def train(
         stop.hold()
         try:
             if config.train.enabled:
-                train_steps(run, progress, checkpoints, writer, status)
+                train_steps(run, progress, checkpoints, record, status)
             else:
-                generate_steps(run, progress, checkpoints, writer, status)
+                generate_steps(run, progress, checkpoints, record, status)
             checkpoints.complete()
         except RunInterruptedError as request:
             checkpoints.save_and_stop(progress, str(request))
@@ -100,18 +99,20 @@ def train(
 
 
 def train_steps(
-    run: Session, progress: Progress, checkpoints: Checkpoints, writer: MetricsWriter | None, status: RunStatus
+    run: Session, progress: Progress, checkpoints: Checkpoints, record: RunRecord | None, status: RunStatus
 ) -> None:
     """The steps that are left: rollouts, update, sync, evaluation, record."""
     config = run.config
     if progress.unrecorded is not None:
-        finish_step(run, progress, checkpoints, writer, StepClock())
+        finish_step(run, progress, checkpoints, record, StepClock())
     elif progress.step == 0 and config.eval.at_start:
         start = evaluate(run, progress)
         progress.start_accuracy, progress.start_metrics = start.held_out.accuracy, values(start.as_start())
         run.note(f"before training: {progress.start_accuracy:.1%} of {progress.num_problems} held-out problems")
+    clock = StepClock()
     for step in range(progress.step + 1, config.train.steps + 1):
-        clock = StepClock()
+        clock = StepClock(after=clock)
+        clock.lap("record")
         checkpoints.tend()
         clock.lap("checkpoint")
         batch = run.generate(step)
@@ -139,52 +140,55 @@ def train_steps(
             metrics |= {name: Max(value) for name, value in progress.start_metrics.items()}
         parts = [metrics, *step_metrics(outcome)]
         progress.unrecorded = summarize(run, progress, batch, advantages, parts, findings, clock)
-        finish_step(run, progress, checkpoints, writer, clock)
+        finish_step(run, progress, checkpoints, record, clock)
         status.update(step=step)
         refuse_divergence(progress, config.train.max_bad_updates)
 
 
 def finish_step(
-    run: Session, progress: Progress, checkpoints: Checkpoints, writer: MetricsWriter | None, clock: StepClock
+    run: Session, progress: Progress, checkpoints: Checkpoints, record: RunRecord | None, clock: StepClock
 ) -> None:
     """What follows an update: evaluation, checkpoint, record. An interrupted evaluation is made up for later."""
     config, step = run.config, progress.step
     row = progress.unrecorded
     assert row is not None
     if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
-        clock.skip()
+        clock.lap("record")
         row |= values(evaluate(run, progress).metrics)
         clock.lap("eval")
     progress.unrecorded = None
     # Before the checkpoint, which keeps what the monitors have seen.
     row |= observe(run, run.parallel.broadcast_object(row))
-    clock.skip()
+    clock.lap("record")
     if checkpoints.due(step):
         checkpoints.begin(progress, background=config.checkpoint.asynchronous)
     checkpoints.export(step)
     clock.lap("checkpoint")
     row["checkpoint/failures"] = float(checkpoints.failures)
-    publish(run, row, clock, writer)
+    publish(run, row, clock, record)
     if not config.checkpoint.asynchronous:
         checkpoints.complete()
 
 
 def generate_steps(
-    run: Session, progress: Progress, checkpoints: Checkpoints, writer: MetricsWriter | None, status: RunStatus
+    run: Session, progress: Progress, checkpoints: Checkpoints, record: RunRecord | None, status: RunStatus
 ) -> None:
     """Rollouts without training, for `train.enabled=false`."""
+    clock = StepClock()
     for step in range(progress.step + 1, run.config.train.steps + 1):
-        clock = StepClock()
+        clock = StepClock(after=clock)
+        clock.lap("record")
         checkpoints.tend()
         clock.lap("checkpoint")
         batch = run.generate(step)
         clock.lap("rollout")
         progress.step = step
         row = summarize(run, progress, batch, [], [{}, {}, {}], NOTHING_FOUND, clock)
+        clock.lap("record")
         if checkpoints.due(step):
             checkpoints.begin(progress, background=False)
         clock.lap("checkpoint")
-        publish(run, row, clock, writer)
+        publish(run, row, clock, record)
         checkpoints.complete()
         status.update(step=step)
 
@@ -214,31 +218,6 @@ def refuse_divergence(progress: Progress, limit: int) -> None:
 
 
 NOTHING_FOUND = Findings(metrics={}, tokens=[])
-STEP_TIMES = ("rollout_s", "train_s", "diagnostics_s", "sync_s", "checkpoint_s")
-"""Parts of a step's time; evaluations are not."""
-
-
-class StepClock:
-    """Wall-clock seconds of the parts of a step."""
-
-    def __init__(self) -> None:
-        self.started = self._last = time.monotonic()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """Books the time since the last lap under `name`."""
-        now = time.monotonic()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def move(self, seconds: float, source: str, target: str) -> None:
-        """Books seconds that fell into one part under another."""
-        self.laps[source] -= seconds
-        self.laps[target] = self.laps.get(target, 0.0) + seconds
-
-    def skip(self) -> None:
-        """Books the time since the last lap nowhere."""
-        self._last = time.monotonic()
 
 
 def share_out(
@@ -378,16 +357,15 @@ def summarize(
     }
 
 
-def publish(run: Session, row: dict[str, Any], clock: StepClock, writer: MetricsWriter | None) -> None:
+def publish(run: Session, row: dict[str, Any], clock: StepClock, record: RunRecord | None) -> None:
     """Writes a step's row: metrics, report, live view."""
     if not run.is_main:
         return
-    assert writer is not None
+    assert record is not None
     row |= {f"time/{name}_s": seconds for name, seconds in clock.laps.items()}
     laps = {name: row[name] for name in row if name.startswith("time/") and name.removeprefix("time/") in STEP_TIMES}
     row["time/step_s"] = sum(laps.values())
     row["tokens_per_s"] = float(row["rollout/num_tokens"] or 0.0) / row["time/step_s"]
-    writer.write(row)
-    write_report(run.run_dir)
+    record.write(row)
     if run.view is not None:
         run.view.update(row)

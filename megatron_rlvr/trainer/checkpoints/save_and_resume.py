@@ -18,7 +18,7 @@ from megatron_rlvr.config.schema import Resume
 from megatron_rlvr.policy import checkpoint, random_state
 from megatron_rlvr.policy.checkpoint import CheckpointWriteError
 from megatron_rlvr.policy.model import TORCH_DTYPE
-from megatron_rlvr.report.metrics_writer import MetricsWriter
+from megatron_rlvr.report.run_record import RunRecord
 from megatron_rlvr.report.run_status import RunStatus
 from megatron_rlvr.report.samples import remove_samples
 from megatron_rlvr.trainer.checkpoints.folder import CheckpointFolder, Kept, first_corrupt
@@ -59,16 +59,16 @@ class Checkpoints:
 
     Args:
         run: what is saved and restored.
-        writer: rank 0's metrics, which are cut back to the checkpoint.
+        record: rank 0's metrics, which are cut back to the checkpoint.
         status: rank 0's status file, which names the newest checkpoint.
     """
 
-    def __init__(self, run: Session, writer: MetricsWriter | None, status: RunStatus) -> None:
+    def __init__(self, run: Session, record: RunRecord | None, status: RunStatus) -> None:
         self.run = run
         self.config = run.config.checkpoint
         self.failures = 0
         """Checkpoints that could not be written."""
-        self._writer = writer
+        self._record = record
         self._status = status
         self._folder = CheckpointFolder(run.run_dir / FOLDER)
         self._pending: _Writing | None = None
@@ -177,10 +177,10 @@ class Checkpoints:
 
     def _cut_back(self, progress: Progress) -> None:
         """Takes back what was written after the checkpoint: its steps are done again."""
-        assert self._writer is not None
+        assert self._record is not None
         last = progress.step - (progress.unrecorded is not None)
         run_dir = self.run.run_dir
-        self._writer.rewind(last)
+        self._record.rewind(last)
         remove_samples(run_dir, after=progress.step)
         for export in (run_dir / EXPORTS).glob("step_*"):
             if int(export.name.removeprefix("step_")) > progress.step:
