@@ -19,23 +19,32 @@ from megatron_rlvr.trainer.launcher_watch import follow_launcher
 from megatron_rlvr.trainer.stopping import RunInterruptedError, StopSignals
 
 
-def run(config: RunConfig, resolved_yaml: str, overrides: Sequence[str], stop: StopSignals) -> None:
+def run(composed: DictConfig, overrides: Sequence[str], stop: StopSignals) -> None:
     """Checks, trains and reports one run on this rank.
 
     Args:
-        stop: requests to stop that reach this process.
-        resolved_yaml: the configuration as text, for the run folder.
+        composed: the configuration as Hydra composed it.
         overrides: what the user typed, ``key=value`` each.
+        stop: requests to stop that reach this process.
     """
+    config = to_run_config(composed)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     # Imported late: a mistake in the configuration answers before torch and Megatron are loaded.
     from megatron_rlvr.rollout.api_key import use_key_file
     from megatron_rlvr.trainer.checks.configuration import check_config, check_outside
+    from megatron_rlvr.trainer.checks.giving_way import give_way
     from megatron_rlvr.trainer.checks.server_options import check_server_options
 
     use_key_file(config.rollout.api_key_file)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    warnings = check_config(config, world_size=world_size, local_world_size=local_world_size)
+    warnings, left_out = give_way(
+        config,
+        overrides,
+        lambda: check_config(config, world_size=world_size, local_world_size=local_world_size),
+    )
+    for option in left_out:
+        OmegaConf.update(composed, option, OmegaConf.select(OmegaConf.structured(RunConfig), option))
+    resolved_yaml = OmegaConf.to_yaml(composed, resolve=True)
     if in_vain := check_server_options(config.rollout, overrides):
         warnings.append(f"rollout.urls takes the place of the experiment's own servers ({', '.join(in_vain)})")
     if rank == 0:
@@ -93,9 +102,7 @@ def _main(composed: DictConfig) -> None:
     stop.install()
     follow_launcher(stop)
     try:
-        config = to_run_config(composed)
-        overrides = HydraConfig.get().overrides.task
-        run(config, OmegaConf.to_yaml(composed, resolve=True), overrides, stop)
+        run(composed, HydraConfig.get().overrides.task, stop)
     except (Exception, KeyboardInterrupt) as caught:
         stop.release()
         error: BaseException = stop.interruption or caught

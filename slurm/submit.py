@@ -80,19 +80,24 @@ def plan(cluster: ClusterConfig, config: RunConfig, overrides: Sequence[str]) ->
     )
 
 
-def check(cluster: ClusterConfig, config: RunConfig) -> list[str]:
+def check(cluster: ClusterConfig, config: RunConfig, overrides: Sequence[str]) -> list[str]:
     """Refuses what no job or run could be made of; warnings."""
     from megatron_rlvr.trainer.checks.configuration import check_config
+    from megatron_rlvr.trainer.checks.giving_way import give_way
 
     warnings = check_cluster(cluster, config)
     in_job = replace(config)
     if num_server_nodes(cluster) and not trainer_serves(config):
         in_job.rollout = replace(config.rollout, discovery="the attempt's own folder")
-    check_config(in_job, world_size=world_size(cluster), local_world_size=ranks_per_node(cluster))
+    give_way(
+        in_job,
+        overrides,
+        lambda: check_config(in_job, world_size=world_size(cluster), local_world_size=ranks_per_node(cluster)),
+    )
     return warnings
 
 
-def look_ahead(cluster: ClusterConfig, config: RunConfig) -> bool:
+def look_ahead(cluster: ClusterConfig, config: RunConfig, overrides: Sequence[str]) -> bool:
     """Prints what preflight says of the run on this cluster; whether it may be submitted.
 
     Slurm's limits are asked where it answers; where it does not, sbatch says so in its own words.
@@ -119,7 +124,7 @@ def look_ahead(cluster: ClusterConfig, config: RunConfig) -> bool:
         slurm=request if slurm.answers() else None,
     )
     # the servers are the job's own: they are looked at as if the trainer started them
-    report = preflight(replace(config, rollout=replace(config.rollout, min_servers=1)), place)
+    report = preflight(replace(config, rollout=replace(config.rollout, min_servers=1)), place, overrides=overrides)
     print_report(report, Console(stderr=True))
     return report.ok
 
@@ -214,11 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cluster, config = load_cluster(of_cluster), load_config(of_run)
         job = plan(cluster, config, of_run)
-        for warning in check(cluster, config):
+        for warning in check(cluster, config, of_run):
             print(f"warning: {warning}", file=sys.stderr)
         if options.follow and (code := take_up(job)) is not None:
             return code
-        if not options.no_preflight and not look_ahead(cluster, config):
+        if not options.no_preflight and not look_ahead(cluster, config, of_run):
             print(
                 "error: preflight found what would fail on the nodes (--no-preflight submits anyway)", file=sys.stderr
             )

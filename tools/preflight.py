@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report = preflight(config, place, model_config=_model_config(options.model_config))
+    report = preflight(config, place, model_config=_model_config(options.model_config), overrides=options.overrides)
     if options.json:
         print(json.dumps(report.as_json(), indent=1))
     else:

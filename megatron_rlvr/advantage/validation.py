@@ -6,6 +6,7 @@ from dataclasses import fields
 from enum import Enum
 
 from megatron_rlvr.advantage.scored import ESTIMATORS
+from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.schema import AdvantageConfig, GateOn, QaeMask, Quantile, Std
 from megatron_rlvr.ops.checks import check_not_negative
 from megatron_rlvr.ops.exact import parse_quantile_level
@@ -42,9 +43,11 @@ def validate_advantage(config: AdvantageConfig) -> None:
     for field in fields(AdvantageConfig):
         name = field.name
         if name != "estimator" and name not in known and getattr(config, name) != getattr(default, name):
-            raise ValueError(
+            raise NoEffectError(
                 f"advantage.{name} has no effect with advantage.estimator={config.estimator}, "
-                f"got {shown(getattr(config, name))!r}"
+                f"got {shown(getattr(config, name))!r}",
+                option=f"advantage.{name}",
+                because=["advantage.estimator"],
             )
     if config.estimator == "grpo" and config.std is Std.none:
         raise ValueError("advantage.std must be sample or population with grpo (dr_grpo is without), got 'none'")
@@ -63,7 +66,11 @@ def _check_values(config: AdvantageConfig) -> None:
 
 def _check_qae(config: AdvantageConfig) -> None:
     if config.gate_on is GateOn.reward and not config.penalty_additive:
-        raise ValueError("advantage.penalty_additive has no effect with advantage.gate_on=reward, got False")
+        raise NoEffectError(
+            "advantage.penalty_additive has no effect with advantage.gate_on=reward, got False",
+            option="advantage.penalty_additive",
+            because=["advantage.gate_on"],
+        )
     if config.mask is not QaeMask.qae and config.gate_on is GateOn.reward:
         raise ValueError(
             f"advantage.mask must be qae with advantage.gate_on=reward, whose rewards may have more than two values, "

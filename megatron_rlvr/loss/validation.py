@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from enum import Enum
 
+from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.schema import (
     CispoConfig,
     ClipCovConfig,
@@ -93,10 +94,18 @@ def _check_values(config: LossConfig) -> None:
 def _check_mismatch(config: MismatchConfig) -> None:
     default = MismatchConfig()
     if config.weight is RatioLevel.none and config.cap != default.cap:
-        raise ValueError(f"loss.mismatch.cap has no effect with loss.mismatch.weight=none, got {config.cap}")
+        raise NoEffectError(
+            f"loss.mismatch.cap has no effect with loss.mismatch.weight=none, got {config.cap}",
+            option="loss.mismatch.cap",
+            because=["loss.mismatch.weight"],
+        )
     for name, value in (("lower", config.lower), ("upper", config.upper)):
         if config.reject is RatioLevel.none and value != getattr(default, name):
-            raise ValueError(f"loss.mismatch.{name} has no effect with loss.mismatch.reject=none, got {value}")
+            raise NoEffectError(
+                f"loss.mismatch.{name} has no effect with loss.mismatch.reject=none, got {value}",
+                option=f"loss.mismatch.{name}",
+                because=["loss.mismatch.reject"],
+            )
     if config.cap is None and config.reject is RatioLevel.none:
         raise ValueError("loss.mismatch.cap must be a number where loss.mismatch.reject=none bounds no ratio, got null")
     if config.cap is not None and not config.cap >= 1:
@@ -110,7 +119,11 @@ def _check_mismatch(config: MismatchConfig) -> None:
 def _check_ignored(config: LossConfig) -> None:
     default = LossConfig()
     if config.kl_coef == 0 and config.kl_kind != default.kl_kind:
-        raise ValueError(f"loss.kl_kind has no effect with loss.kl_coef=0, got {config.kl_kind.value!r}")
+        raise NoEffectError(
+            f"loss.kl_kind has no effect with loss.kl_coef=0, got {config.kl_kind.value!r}",
+            option="loss.kl_kind",
+            because=["loss.kl_coef"],
+        )
     own = OWN_FIELDS.get(config.name)
     if own is None:
         return  # A plugin reads what it likes.
@@ -118,7 +131,11 @@ def _check_ignored(config: LossConfig) -> None:
         changed = _changed(getattr(config, name), getattr(default, name))
         if changed is not None:
             field, value = changed
-            raise ValueError(f"loss.{name}{field} has no effect with loss.name={config.name}, got {value!r}")
+            raise NoEffectError(
+                f"loss.{name}{field} has no effect with loss.name={config.name}, got {value!r}",
+                option=f"loss.{name}{field}",
+                because=["loss.name"],
+            )
 
 
 Section = ClipCovConfig | KlCovConfig | GspoConfig | CispoConfig | CovScope | CovLogp | float | None

@@ -110,7 +110,7 @@ def is_silent(url: str) -> bool:
 
 def training(model: Path, out: Path) -> list[str]:
     return [
-        *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+        *("experiment=quickstart", "warm_start.enabled=false"),
         *(f"model.path={model}", f"output_dir={out}", "run_name=run", "data.max_prompt_tokens=256"),
         *("data.val_size=4", "rollout.prompts_per_step=4", "rollout.group_size=4", "rollout.max_response_tokens=48"),
         *("rollout.server.max_total_tokens=4096", "rollout.server.max_running_requests=16", "advantage=grpo"),
@@ -177,7 +177,12 @@ def test_ctrl_c_while_servers_start(tiny_qwen3: Path, tmp_path: Path) -> None:
 def test_stopped_in_the_warm_start(real_server: RealServer, tmp_path: Path) -> None:
     """One that waited for another run's first. Nothing is half done, and the next run does not wait for it."""
     cache = tmp_path / "cache"
-    overrides = [*training(real_server.model, tmp_path), "warm_start.enabled=true", f"warm_start.cache_dir={cache}"]
+    overrides = [
+        *training(real_server.model, tmp_path),
+        "model.scratch=null",
+        "warm_start.enabled=true",
+        f"warm_start.cache_dir={cache}",
+    ]
     overrides += [f"rollout.urls=[{real_server.url}]", "rollout.server.max_total_tokens=null"]
     overrides += ["rollout.server.max_running_requests=null", "warm_start.target_accuracy=1"]
     # The signal comes right after the first check, into the training: five steps of these take seconds.

@@ -38,7 +38,7 @@ def run(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tensor-parallel ranks, two updates a rollout, KL-Cov under a controller, K of one source its own."""
     folder = tmp_path_factory.mktemp("instruments")
     overrides = [
-        *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+        *("experiment=quickstart", "warm_start.enabled=false"),
         *(f"model.path={tiny_qwen3}", "parallel.tp=2", "rollout=replay"),
         *(f"rollout.replay_from={record(folder / 'rollouts')}", f"rollout.prompts_per_step={PROMPTS}"),
         *(f"rollout.group_size={GROUP}", "data.max_prompt_tokens=64", f"train.steps={STEPS}", "eval.every=2"),

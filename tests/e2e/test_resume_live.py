@@ -29,7 +29,7 @@ def length_is_even(response_text: str, prompt: Any) -> float:
 
 def overrides(server: RealServer, out: Path, name: str) -> list[str]:
     return [
-        *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+        *("experiment=quickstart", "warm_start.enabled=false"),
         *(f"model.path={server.model}", "parallel.tp=1", "data.max_prompt_tokens=256", "data.val_size=4"),
         *(f"rollout.prompts_per_step={PROMPTS}", "rollout.group_size=4", f"train.steps={STEPS}", "eval.every=0"),
         *("eval.at_start=false", "reward.verifier=tests.e2e.test_resume_live:length_is_even", "advantage=grpo"),

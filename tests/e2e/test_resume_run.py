@@ -82,7 +82,7 @@ class Trial:
 
 def overrides(model: Path, recorded: Path, out: Path, name: str) -> list[str]:
     return [
-        *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+        *("experiment=quickstart", "warm_start.enabled=false"),
         *(f"model.path={model}", "parallel.tp=1", "rollout=replay", f"rollout.replay_from={recorded}"),
         *(f"rollout.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}", "data.max_prompt_tokens=64"),
         *(f"train.steps={STEPS}", "train.updates_per_rollout=2", "optim.lr=1e-2", "optim.schedule=linear"),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.server
 def test_training_outlives_faults_of_its_syncs(tiny_qwen3: Path, tmp_path: Path) -> None:
     """A server dies, the other trainer rank stalls, a byte turns and SIGTERM comes, each in the middle of a sync."""
     overrides = [
-        *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+        *("experiment=quickstart", "warm_start.enabled=false"),
         *(f"model.path={tiny_qwen3}", "data.max_prompt_tokens=256", "data.val_size=4", "eval.at_start=false"),
         *("rollout.server.num_servers=2", "rollout.server.max_total_tokens=4096", "rollout.prompts_per_step=2"),
         *("rollout.group_size=4", "train.steps=1000", "optim.lr=1e-3", "sync.timeout_s=60"),

@@ -86,7 +86,7 @@ def submit(slurm: ThrowawaySlurm, tmp_path: Path) -> Iterator[Callable[..., Trai
 
     def submit(name: str, model: Path, *more: str) -> Training:
         overrides = [
-            *("experiment=quickstart", "model.scratch=null", "warm_start.enabled=false", "warm_start.check_every=50"),
+            *("experiment=quickstart", "warm_start.enabled=false"),
             *(f"model.path={model}", "parallel.tp=2", "data.max_prompt_tokens=256", "data.val_size=4"),
             *(f"rollout.prompts_per_step={PROMPTS}", "rollout.group_size=4", "rollout.concurrency=8"),
             *("rollout.record=true", "eval.every=0", "eval.at_start=false", f"train.steps={STEPS}"),

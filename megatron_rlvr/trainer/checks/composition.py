@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_rlvr.advantage.validation import shown
+from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.schema import (
     ActuatorName,
     AdvantageConfig,
@@ -33,8 +34,10 @@ def check_composition(config: RunConfig) -> None:
     if config.advantage.estimator == "qae":
         check_course(config.advantage)
     if config.advantage.estimator == "w_reinforce" and config.reward.overlong.enabled:
-        raise ValueError(
-            "reward.overlong.enabled has no effect with advantage.estimator=w_reinforce, which counts right and wrong"
+        raise NoEffectError(
+            "reward.overlong.enabled has no effect with advantage.estimator=w_reinforce, which counts right and wrong",
+            option="reward.overlong.enabled",
+            because=["advantage.estimator"],
         )
     check_controller(config.advantage, config.loss, config.controller)
     check_elision(config.train, config.loss, config.controller)
@@ -48,9 +51,11 @@ def check_controller(advantage: AdvantageConfig, loss: LossConfig, controller: C
         default = ControllerConfig()
         for name in ("rho", "deadband", "patience", "forgetting"):
             if getattr(controller, name) != getattr(default, name):
-                raise ValueError(
+                raise NoEffectError(
                     f"controller.{name} has no effect while controller.target_entropy is null, "
-                    f"got {shown(getattr(controller, name))!r}"
+                    f"got {shown(getattr(controller, name))!r}",
+                    option=f"controller.{name}",
+                    because=["controller.target_entropy"],
                 )
         return
     for entry in controller.actuators:
@@ -96,9 +101,11 @@ def check_elision(train: TrainConfig, loss: LossConfig, controller: ControllerCo
         raise ValueError(f"train.elided_metrics_share must be in [0, 1], got {train.elided_metrics_share}")
     if train.elide_zero_advantage is Elision.never:
         if train.elided_metrics_share != TrainConfig().elided_metrics_share:
-            raise ValueError(
+            raise NoEffectError(
                 f"train.elided_metrics_share has no effect with train.elide_zero_advantage=never, "
-                f"got {train.elided_metrics_share}"
+                f"got {train.elided_metrics_share}",
+                option="train.elided_metrics_share",
+                because=["train.elide_zero_advantage"],
             )
         return
     if controller.target_entropy is not None and train.elided_metrics_share == 0.0:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron_rlvr.advantage import ESTIMATORS, validate_advantage
+from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.schema import (
     EvalConfig,
     GroupFilter,
@@ -71,9 +72,17 @@ def check_config(
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if config.loss.kl_coef == 0.0 and config.loss.kl_kind.value != "k3":
-        raise ValueError(f"loss.kl_kind has no effect while loss.kl_coef is 0, got {config.loss.kl_kind.value!r}")
+        raise NoEffectError(
+            f"loss.kl_kind has no effect while loss.kl_coef is 0, got {config.loss.kl_kind.value!r}",
+            option="loss.kl_kind",
+            because=["loss.kl_coef"],
+        )
     if config.logging.wandb_project is not None and not config.logging.wandb:
-        raise ValueError("logging.wandb_project has no effect while logging.wandb is false")
+        raise NoEffectError(
+            "logging.wandb_project has no effect while logging.wandb is false",
+            option="logging.wandb_project",
+            because=["logging.wandb"],
+        )
     return list(warnings)
 
 
@@ -168,7 +177,11 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
             f"{parallel.pp} * {parallel.cp}, got {world_size} (torchrun --nproc-per-node sets it)"
         )
     if parallel.sequence_parallel and parallel.tp == 1:
-        raise ValueError("parallel.sequence_parallel has no effect with parallel.tp = 1")
+        raise NoEffectError(
+            "parallel.sequence_parallel has no effect with parallel.tp = 1",
+            option="parallel.sequence_parallel",
+            because=["parallel.tp"],
+        )
     if parallel.vpp > 1 and parallel.pp == 1:
         raise ValueError(f"parallel.vpp must be 1 while parallel.pp is 1, got {parallel.vpp}")
     if parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
@@ -201,7 +214,11 @@ def _check_numbers(config: RunConfig) -> None:
             f"got {config.rollout.prompts_per_step}"
         )
     if optim.schedule is Schedule.constant and optim.min_lr_ratio != 0.0:
-        raise ValueError(f"optim.min_lr_ratio has no effect with a constant schedule, got {optim.min_lr_ratio}")
+        raise NoEffectError(
+            f"optim.min_lr_ratio has no effect with a constant schedule, got {optim.min_lr_ratio}",
+            option="optim.min_lr_ratio",
+            because=["optim.schedule"],
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if train.max_tokens_per_microbatch < longest:
         raise ValueError(
@@ -240,7 +257,11 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     if rollout.router_url is not None and not rollout.urls:
         raise ValueError("rollout.router_url has no effect without rollout.urls: weights go to the servers themselves")
     if rollout.group_filter is GroupFilter.none and rollout.max_gen_batches != 10:
-        raise ValueError("rollout.max_gen_batches has no effect with rollout.group_filter=none")
+        raise NoEffectError(
+            "rollout.max_gen_batches has no effect with rollout.group_filter=none",
+            option="rollout.max_gen_batches",
+            because=["rollout.group_filter"],
+        )
     for name in ("request_timeout_s", "silence_timeout_s", "recovery_timeout_s"):
         if getattr(rollout, name) <= 0:
             raise ValueError(f"rollout.{name} must be positive, got {getattr(rollout, name)}")
@@ -259,8 +280,10 @@ def _check_checkpoint(config: RunConfig) -> None:
     if checkpoint.keep_last < 1:
         raise ValueError(f"checkpoint.keep_last must be at least 1, got {checkpoint.keep_last}")
     if checkpoint.keep_every and not checkpoint.every:
-        raise ValueError(
-            f"checkpoint.keep_every has no effect while checkpoint.every is 0, got {checkpoint.keep_every}"
+        raise NoEffectError(
+            f"checkpoint.keep_every has no effect while checkpoint.every is 0, got {checkpoint.keep_every}",
+            option="checkpoint.keep_every",
+            because=["checkpoint.every"],
         )
     if checkpoint.keep_every and checkpoint.keep_every % checkpoint.every:
         raise ValueError(
@@ -268,7 +291,11 @@ def _check_checkpoint(config: RunConfig) -> None:
             f"got {checkpoint.keep_every}"
         )
     if checkpoint.keep_best and not (checkpoint.every and config.eval.every):
-        raise ValueError("checkpoint.keep_best has no effect without checkpoint.every and eval.every, got true")
+        raise NoEffectError(
+            "checkpoint.keep_best has no effect without checkpoint.every and eval.every, got true",
+            option="checkpoint.keep_best",
+            because=["checkpoint.every", "eval.every"],
+        )
     if checkpoint.keep_best and config.eval.every % checkpoint.every:
         raise ValueError(
             f"eval.every must be a multiple of checkpoint.every ({checkpoint.every}) with checkpoint.keep_best: "
@@ -295,18 +322,22 @@ def _check_source(config: RunConfig) -> None:
             "rollout.record, rollout.urls and rollout.router_url have no effect with rollout.source=replay"
         )
     if config.eval.sets and (replays or not config.train.enabled):
-        raise ValueError(
+        raise NoEffectError(
             "eval.sets has no effect with rollout.source=replay or train.enabled=false: nothing is asked of them, "
-            f"got {', '.join(spec.name for spec in config.eval.sets)}"
+            f"got {', '.join(spec.name for spec in config.eval.sets)}",
+            option="eval.sets",
+            because=["rollout.source", "train.enabled"],
         )
     if not config.train.enabled and replays:
         raise ValueError(
             "train.enabled must be true with rollout.source=replay: there is nothing else to do, got false"
         )
     if not config.train.enabled and config.checkpoint.export_hf_every:
-        raise ValueError(
+        raise NoEffectError(
             f"checkpoint.export_hf_every has no effect with train.enabled=false, "
-            f"got {config.checkpoint.export_hf_every}"
+            f"got {config.checkpoint.export_hf_every}",
+            option="checkpoint.export_hf_every",
+            because=["train.enabled"],
         )
 
 
@@ -314,9 +345,11 @@ def _check_warm_start(warm: WarmStartConfig, *, scratch: bool) -> None:
     if not warm.enabled:
         for field in fields(warm):
             if getattr(warm, field.name) != getattr(WarmStartConfig(), field.name):
-                raise ValueError(
+                raise NoEffectError(
                     f"warm_start.{field.name} has no effect while warm_start.enabled is false, "
-                    f"got {getattr(warm, field.name)}"
+                    f"got {getattr(warm, field.name)}",
+                    option=f"warm_start.{field.name}",
+                    because=["warm_start.enabled"],
                 )
     if scratch and not warm.enabled:
         raise ValueError("warm_start.enabled must be true with model.scratch: random weights solve nothing")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_rlvr.config.no_effect import NoEffectError
 from megatron_rlvr.config.schema import DiagnosticsConfig
 from megatron_rlvr.data.packing import PackedSequence
 from megatron_rlvr.report.samples import Sample
@@ -28,8 +29,10 @@ def check_diagnostics(config: DiagnosticsConfig) -> None:
     if config.every == 0:
         for name in ("probe_responses", "token_samples"):
             if getattr(config, name) != getattr(default, name):
-                raise ValueError(
-                    f"diagnostics.{name} has no effect while diagnostics.every is 0, got {getattr(config, name)}"
+                raise NoEffectError(
+                    f"diagnostics.{name} has no effect while diagnostics.every is 0, got {getattr(config, name)}",
+                    option=f"diagnostics.{name}",
+                    because=["diagnostics.every"],
                 )
     law_reference(config.law_reference)
 

@@ -6,7 +6,7 @@ Needs neither a process group nor a GPU. `tools/preflight.py` is its command; `s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron_rlvr.data.tokenizer import Tokenizer
 from megatron_rlvr.rollout.api_key import use_key_file
 from megatron_rlvr.rollout.engine import FIRST_VERSION, VERSION_BEFORE, probe
 from megatron_rlvr.trainer.checks.configuration import PROBE_TIMEOUT_S, check_config, check_shape
+from megatron_rlvr.trainer.checks.giving_way import give_way
 from megatron_rlvr.trainer.preflight.machine import check_disk, check_packages, check_ports
 from megatron_rlvr.trainer.preflight.memory_advice import Capacity, add_server_memory, add_trainer_memory
 from megatron_rlvr.trainer.preflight.report import PreflightReport, Row, Status
@@ -54,25 +55,29 @@ class Place:
         return self.nodes * self.ranks_per_node
 
 
-def preflight(config: RunConfig, place: Place, *, model_config: Path | None = None) -> PreflightReport:
+def preflight(
+    config: RunConfig, place: Place, *, model_config: Path | None = None, overrides: Sequence[str] = ()
+) -> PreflightReport:
     """Everything that can be known before a node is taken.
 
     Args:
-        config: as composed.
+        config: as composed; what gives way to `overrides` is reset in it.
         place: nodes, ranks and GPUs.
         model_config: a config.json in place of the one in `model.path`, where the weights lie elsewhere.
+        overrides: what was typed for the run, which goes before its experiment (see `checks.giving_way`).
 
     Returns:
         Rows in the order in which a run would come across them. Nothing is raised for what is wrong with the run.
     """
     report = PreflightReport()
+    notes, _ = give_way(config, overrides, list)
     try:
         use_key_file(config.rollout.api_key_file)
     except ValueError as error:
         report.add("servers", Status.error, str(error))
     shape = _model(report, config, model_config)
     if shape is not None and _layout(report, config, shape, place):
-        _configuration(report, config, shape, place)
+        _configuration(report, config, shape, place, overrides, notes)
     tokenizer = _tokenizer(report, config, shape, elsewhere=model_config is not None)
     _data(report, config, tokenizer)
     _servers(report, config, place)
@@ -114,9 +119,19 @@ def _model(report: PreflightReport, config: RunConfig, model_config: Path | None
     return shape
 
 
-def _configuration(report: PreflightReport, config: RunConfig, shape: ModelShape, place: Place) -> None:
+def _configuration(
+    report: PreflightReport,
+    config: RunConfig,
+    shape: ModelShape,
+    place: Place,
+    overrides: Sequence[str],
+    notes: Sequence[str],
+) -> None:
+    def check() -> list[str]:
+        return check_config(config, world_size=place.world_size, local_world_size=place.ranks_per_node, shape=shape)
+
     try:
-        warnings = check_config(config, world_size=place.world_size, local_world_size=place.ranks_per_node, shape=shape)
+        warnings = [*notes, *give_way(config, overrides, check)[0]]
     except ValueError as error:
         report.add("configuration", Status.error, str(error))
         return
