@@ -63,6 +63,7 @@ def test_cpu_server_has_the_flags_of_the_recipe_and_caps() -> None:
         "--disable-cuda-graph": True,
         "--skip-server-warmup": True,
         "--sleep-on-idle": True,
+        "--disable-overlap-schedule": True,
         "--max-total-tokens": "16384",
         "--max-running-requests": "64",
     }
