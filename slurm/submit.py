@@ -89,12 +89,12 @@ def check(cluster: ClusterConfig, config: RunConfig, overrides: Sequence[str]) -
     in_job = replace(config)
     if num_server_nodes(cluster) and not trainer_serves(config):
         in_job.rollout = replace(config.rollout, discovery="the attempt's own folder")
-    give_way(
+    noted, _ = give_way(
         in_job,
         overrides,
         lambda: check_config(in_job, world_size=world_size(cluster), local_world_size=ranks_per_node(cluster)),
     )
-    return warnings
+    return [*warnings, *noted]
 
 
 def look_ahead(cluster: ClusterConfig, config: RunConfig, overrides: Sequence[str]) -> bool:

@@ -71,12 +71,6 @@ def check_config(
         backend.set_backend(config.ops.backend.value)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    if config.loss.kl_coef == 0.0 and config.loss.kl_kind.value != "k3":
-        raise NoEffectError(
-            f"loss.kl_kind has no effect while loss.kl_coef is 0, got {config.loss.kl_kind.value!r}",
-            option="loss.kl_kind",
-            because=["loss.kl_coef"],
-        )
     if config.logging.wandb_project is not None and not config.logging.wandb:
         raise NoEffectError(
             "logging.wandb_project has no effect while logging.wandb is false",

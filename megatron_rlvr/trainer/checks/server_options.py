@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_rlvr.config.schema import RolloutConfig, ServerConfig
+from megatron_rlvr.trainer.checks.giving_way import Typed
 
 PREFIX = "rollout.server."
 
@@ -31,9 +32,9 @@ def check_server_options(rollout: RolloutConfig, overrides: Sequence[str]) -> li
         return []
     default = ServerConfig()
     set_in_vain = {f.name for f in fields(ServerConfig) if getattr(rollout.server, f.name) != getattr(default, f.name)}
-    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+    typed = Typed(overrides)
     for name in sorted(set_in_vain):
-        if PREFIX + name in typed or PREFIX.rstrip(".") in typed:
+        if typed.sets(PREFIX + name):
             raise ValueError(
                 f"{PREFIX}{name} has no effect while rollout.urls names servers that run already, "
                 f"got {getattr(rollout.server, name)}"

@@ -10,43 +10,46 @@ import pytest
 from megatron_rlvr.report import REPORT_FILE, MetricsWriter, RunRecord, read_metrics, run_record
 
 
+class Reports:
+    """Steps in each report that was written; each takes a second of a clock that stands still otherwise."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.now = 1000.0
+
+    def write(self, run_dir: Path) -> None:
+        self.steps.append(len(read_metrics(run_dir)))
+        self.now += 1.0
+
+
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps in each report that is written; each takes a second of a clock that stands still otherwise."""
-    shown: list[int] = []
-    clock = [1000.0]
-
-    def write_report(run_dir: Path) -> None:
-        shown.append(len(read_metrics(run_dir)))
-        clock[0] += 1.0
-
-    monkeypatch.setattr(run_record, "write_report", write_report)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(run_record, "clock_of_test", clock, raising=False)
-    return shown
+def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
+    reports = Reports()
+    monkeypatch.setattr(run_record, "write_report", reports.write)
+    monkeypatch.setattr(time, "monotonic", lambda: reports.now)
+    return reports
 
 
 def metrics_in(folder: Path) -> MetricsWriter:
     return MetricsWriter(folder, tensorboard=False, wandb=False)
 
 
-def test_report_costs_a_bounded_share_of_the_time(tmp_path: Path, shown: list[int]) -> None:
-    clock = run_record.clock_of_test  # type: ignore[attr-defined]
+def test_report_costs_a_bounded_share_of_the_time(tmp_path: Path, reports: Reports) -> None:
     with metrics_in(tmp_path) as metrics, RunRecord(metrics) as record:
         for step in range(1, 101):
             record.write({"step": step})
-            clock[0] += 2.0
+            reports.now += 2.0
             assert len(read_metrics(tmp_path)) == step
-        assert shown == [1, 26, 51, 76]  # every 50 s of a report of 1 s
-    assert shown == [1, 26, 51, 76, 100]
+        assert reports.steps == [1, 26, 51, 76]  # every 50 s of a report of 1 s
+    assert reports.steps == [1, 26, 51, 76, 100]
 
 
-def test_nothing_is_written_twice(tmp_path: Path, shown: list[int]) -> None:
+def test_nothing_is_written_twice(tmp_path: Path, reports: Reports) -> None:
     with metrics_in(tmp_path) as metrics, RunRecord(metrics) as record:
         record.write({"step": 1})
     with metrics_in(tmp_path) as metrics, RunRecord(metrics):
         pass
-    assert shown == [1]
+    assert reports.steps == [1]
 
 
 def run_and_fail(folder: Path, error: BaseException) -> None:
@@ -64,14 +67,12 @@ def test_report_is_whole_after_an_error(tmp_path: Path, error: BaseException) ->
 
 
 def test_a_report_that_fails_at_the_end_hides_no_error(
-    tmp_path: Path, shown: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, reports: Reports, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_report = run_record.write_report
-
     def full_after_the_first(run_dir: Path) -> None:
-        if shown:
+        if reports.steps:
             raise OSError("no space left")
-        write_report(run_dir)
+        reports.write(run_dir)
 
     monkeypatch.setattr(run_record, "write_report", full_after_the_first)
     with pytest.raises(RuntimeError, match="cause"):
@@ -79,7 +80,7 @@ def test_a_report_that_fails_at_the_end_hides_no_error(
     assert "no space left" in caplog.text
 
 
-def test_a_report_that_fails_at_the_end_is_an_error(tmp_path: Path, shown: list[int]) -> None:
+def test_a_report_that_fails_at_the_end_is_an_error(tmp_path: Path, reports: Reports) -> None:
     with metrics_in(tmp_path) as metrics:
         metrics.write({"step": 1})
         record = RunRecord(metrics)
@@ -89,9 +90,9 @@ def test_a_report_that_fails_at_the_end_is_an_error(tmp_path: Path, shown: list[
             pass
 
 
-def test_rows_taken_back_leave_the_report_too(tmp_path: Path, shown: list[int]) -> None:
+def test_rows_taken_back_leave_the_report_too(tmp_path: Path, reports: Reports) -> None:
     with metrics_in(tmp_path) as metrics, RunRecord(metrics) as record:
         record.write({"step": 1})
         record.write({"step": 2})
         record.rewind(1)
-    assert shown == [1, 1]
+    assert reports.steps == [1, 1]
