@@ -124,7 +124,7 @@ def test_environment_hides_the_trainers_process_group_and_divides_the_cores() ->
     assert environment == {
         "HOME": "/h",
         "OMP_NUM_THREADS": "2",
-        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "20000",
         "MALLOC_MMAP_THRESHOLD_": "33554432",
         "MALLOC_TRIM_THRESHOLD_": "7",
         "PYTHONUNBUFFERED": "1",
@@ -135,6 +135,9 @@ def test_environment_hides_the_trainers_process_group_and_divides_the_cores() ->
     single = server_environment(inherited, tp=1, num_engines=3, gpu=False, cores=[0, 1])
     assert single["OMP_NUM_THREADS"] == "1"
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in single
+    waiting = server_environment({"OMP_WAIT_POLICY": "active"}, tp=1, num_engines=1, gpu=False, cores=[0, 1])
+    assert waiting["OMP_WAIT_POLICY"] == "active"
+    assert "GOMP_SPINCOUNT" not in waiting
     gpu = server_environment(inherited, tp=2, num_engines=1, gpu=True, cores=[0])
     assert gpu == {
         "HOME": "/h",
