@@ -35,9 +35,9 @@ OWNED_FLAGS = {
 """SGLang flags that `rollout.server.extra_args` may not set, and what sets them instead."""
 
 CPU_TUNING = {
-    # A thread without work stays awake for a fifth of a millisecond (libgomp counts 100,000 turns to one): waking it for
-    # each of the hundred operations of a forward pass costs a sixth of a decoding step, and spinning on takes the core
-    # from the process that answers HTTP.
+    # A thread without work stays awake for a fifth of a millisecond (libgomp counts 100,000 turns to one): to wake it
+    # for each of the hundred operations of a forward pass costs a sixth of a decoding step, and to spin on takes the
+    # core from the process that answers HTTP.
     "GOMP_SPINCOUNT": "20000",
     # Tensors of one forward pass are made and freed thousands of times a second: glibc is not to give their memory back
     # each time, which costs a page fault for every 4 KiB at the next (a batch of 128 decodes three times as fast).
