@@ -155,6 +155,21 @@ def test_dry_run_prints_the_script_and_makes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_the_experiment_that_give_way_are_told(
+    submit: ModuleType,
+    tiny_qwen3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = [f"model.path={tiny_qwen3}", "warm_start.enabled=false"]
+    assert submit.main(["experiment=quickstart", "cluster=cpu", *own, "--dry-run"]) == 0
+    _, err = capsys.readouterr()
+    assert "warning: model.path takes the place of the experiment's model.scratch" in err
+    assert "warning: warm_start.check_every has no effect" in err
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
